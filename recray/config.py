@@ -1,0 +1,335 @@
+"""The settings of a run: one frozen model a stage, gathered in `Pipeline`.
+
+A recipe returns a `Pipeline`; `--config` files and `--set a.b=c` are laid over it. Unknown keys, wrong types and
+settings that contradict each other are refused before anything starts. Each stage is given its own part only, and
+is skipped while that part, its inputs and its version are unchanged.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recray.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Part(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(Part):
+    """Which columns of a user's log mean what."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str | None = Field(None, description="None: `timestamp` where the log has it, else `position`.")
+    rating: str | None = Field(None, description="None: `rating` where the log has it.")
+    title: str = "title"
+    genres: str | None = Field(None, description="None: `genres`, else `tags`, where the catalogue has one.")
+
+
+class Synthetic(Part):
+    """Logs with known truth, made when no data is given."""
+
+    interactions: Count = 40_000
+    users: Count | None = Field(None, description="None: follows from interactions.")
+    items: Count | None = Field(None, description="None: follows from interactions.")
+    genres: Count = 12
+    taste_drift: NonNegative = 0.15
+    popularity_exponent: NonNegative = 0.8
+
+
+class Ingest(Part):
+    """Logs and catalogue in, one schema out."""
+
+    data: str | None = Field(None, description="File, folder or glob, local or URI. None: synthetic logs.")
+    items: str | None = Field(None, description="Catalogue, where it does not lie beside the log as `items.*`.")
+    columns: Columns = Columns()
+    min_rating: float | None = Field(None, description="Ratings below are not implicit feedback and are left out.")
+    min_user_interactions: Count = Field(1, description="k-core: fewer, and the user goes.")
+    min_item_interactions: Count = Field(1, description="k-core: fewer, and the item's interactions go.")
+    max_users: Count | None = Field(None, description="A seeded sample of users.")
+    synthetic: Synthetic = Synthetic()
+
+
+class Sequences(Part):
+    """Histories and splits."""
+
+    split: Literal["leave_one_out", "leave_last_n", "time_cut", "published"] = "time_cut"
+    leave_last: Count = Field(1, description="Held-out interactions a user and split, for leave_last_n.")
+    validation_fraction: Fraction = Field(0.1, description="Of all interactions, by time; for time_cut.")
+    test_fraction: Fraction = Field(0.1, description="Of all interactions, by time; for time_cut.")
+    targets_per_user: Count = Field(10, description="Most evaluation rows a user and split, for time_cut; seeded.")
+    examples_per_user: Count = Field(10, description="Most alignment examples a user; the latest.")
+    max_history: Count = Field(20, description="The latest items of a history that a row keeps.")
+    num_candidates: Annotated[int, Field(ge=2)] = Field(100, description="Target included.")
+    fresh_candidates: bool = Field(False, description="Draw candidates afresh even where the data publishes some.")
+    max_validation_rows: Count = 2_000
+    max_test_rows: Count = 10_000
+
+
+class Users(Part):
+    """SASRec, the light auxiliary recommender."""
+
+    dim: Count = 64
+    layers: Count = 2
+    heads: Count = 2
+    max_history: Count = 50
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
+    sampled_negatives: Count = Field(256, description="For sampled_softmax; shared by a batch.")
+    passes: Count = 30
+    patience: Count = Field(3, description="Passes without a better validation NDCG@10 before it stops.")
+    global_batch: Count = 128
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+
+
+class LanguageModel(Part):
+    """A Hugging Face folder or id, or the shape of a small Llama made here."""
+
+    path: str | None = Field(None, description="Local folder or hub id. None: from scratch, by the shape below.")
+    trust_remote_code: bool = False
+    hidden_size: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    intermediate_size: Count = 384
+    max_positions: Count = 1024
+    vocabulary: Count = Field(2048, description="Tokens of the tokenizer trained on the catalogue.")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Prompt(Part):
+    """How a history becomes text."""
+
+    template: str = Field("titles", description="A name in recray.data.prompts.")
+    max_tokens: Count = Field(512, description="Of the prompt; the oldest items go first.")
+
+
+class Optimiser(Part):
+    """AdamW with warm-up, cosine decay and clipping, under a ZeRO stage."""
+
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.01
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.1, description="Of the peak, at the last step.")
+    clip_norm: Positive = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO.")
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+
+
+class Sft(Part):
+    """The language model learns the catalogue and the histories."""
+
+    model: LanguageModel = LanguageModel()
+    prompt: Prompt = Prompt()
+    optimiser: Optimiser = Optimiser(learning_rate=3e-3)
+    global_batch: Count = Field(16, description="Histories a step.")
+    window_items: Count = Field(20, description="Items a row teaches: longer histories are cut into windows.")
+    passes: Count = 8
+    patience: Count = Field(2, description="Validations without a better NDCG@10 before it stops.")
+    validate_every: Positive = Field(1.0, description="Passes between validations.")
+    validation_rows: Count = 512
+    tokens_per_micro_batch: Count = 8192
+
+
+class Negatives(Part):
+    """Which items a positive is compared with."""
+
+    sampler: Literal["uniform", "popularity"] = "uniform"
+    num: Count = 15
+    exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity.")
+
+
+class Reference(Part):
+    """Scores under the frozen SFT model."""
+
+    tokens_per_micro_batch: Count = 16384
+
+
+class Objective(Part):
+    """What is minimised. Defaults are NAPO as recray means it; see docs/papers.md."""
+
+    name: Literal["napo", "sdpo", "dpo", "cross_entropy"] = "napo"
+    beta: Positive = 1.0
+    reference: bool = Field(True, description="Log-ratios against the SFT model; False: policy only.")
+    margin: Literal["per_negative", "batch", "none"] = "per_negative"
+    margin_base: NonNegative = Field(1.0, description="gamma_0, in units of beta * nats.")
+    margin_slope: NonNegative = Field(0.3, description="alpha.")
+    sharing: Literal["none", "top_fraction", "threshold"] = "top_fraction"
+    sharing_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.7, description="rho.")
+    sharing_threshold: float = Field(0.5, description="Least similarity, for threshold.")
+    similarity: Literal["cosine", "dot"] = "cosine"
+    guard: bool = Field(True, description="A borrower never uses an item it met in training, nor its own target.")
+    detach_shared: bool = Field(False, description="As released: shared negatives send no gradient.")
+    subtract_log_pool: bool = Field(False, description="Subtract ln |N_i|, so that pool size does not act as margin.")
+
+
+class Align(Part):
+    """Preference optimisation from the SFT model."""
+
+    objective: Objective = Objective()
+    optimiser: Optimiser = Optimiser(learning_rate=2e-4)
+    num_negatives: Count | None = Field(None, description="The first N of those drawn. None: all.")
+    global_batch: Annotated[int, Field(ge=2)] = Field(32, description="Users a step; also the sharing pool.")
+    steps: Count = 200
+    validate_every: Count = Field(50, description="Steps between validations; each also checkpoints.")
+    validation_rows: Count = 512
+    tokens_per_micro_batch: Count = 16384
+    window_rows: Count = Field(65536, description="Rows of the shuffle window: what one pass keeps close together.")
+    micro_batches: Count = Field(1, description="Least micro-batches a rank and step; token budgets may ask for more.")
+
+
+class Evaluate(Part):
+    """Ranking on the test split."""
+
+    ks: tuple[Count, ...] = (1, 5, 10, 20)
+    bootstrap_samples: Count = 1000
+    confidence: Fraction = 0.95
+    keep_ranked: Count = 20
+    tokens_per_micro_batch: Count = 16384
+
+
+class Report(Part):
+    """What the report shows."""
+
+    examples: Annotated[int, Field(ge=0)] = 6
+
+
+class Tune(Part):
+    """A search over margin and number of negatives, judged on validation."""
+
+    trials: Count = 6
+    margin_base: tuple[float, float] = (0.0, 2.0)
+    num_negatives: tuple[Count, ...] = (1, 3, 7, 15)
+    steps: Count = 60
+    search: Literal["optuna", "random"] = "optuna"
+
+
+class Resources(Part):
+    """Where the work runs. Never part of a fingerprint: it changes the time, not the result."""
+
+    num_workers: Count = 1
+    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: NonNegative = 0.0
+    threads_per_worker: Count = Field(2, description="Torch threads, without a GPU.")
+    data_actors: Count = Field(1, description="Model replicas for scoring and embedding.")
+
+
+class Pipeline(Part):
+    """A whole run."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    ingest: Ingest = Ingest()
+    sequences: Sequences = Sequences()
+    users: Users = Users()
+    sft: Sft = Sft()
+    negatives: Negatives = Negatives()
+    reference: Reference = Reference()
+    align: Align = Align()
+    evaluate: Evaluate = Evaluate()
+    report: Report = Report()
+    tune: Tune = Tune()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _negatives_suffice(self) -> Self:
+        wanted = max([self.align.num_negatives or 1, *self.tune.num_negatives])
+        if wanted > self.negatives.num:
+            raise ValueError(
+                f"align.num_negatives or tune.num_negatives asks for {wanted} negatives a row, but negatives.num "
+                f"draws {self.negatives.num}; raise negatives.num or lower the others"
+            )
+        return self
+
+
+def override(pipeline: Pipeline, *, file: str | None = None, settings: list[str] | None = None) -> Pipeline:
+    """Return `pipeline` with a JSON config file and then `a.b=c` settings laid over it.
+
+    Values of settings are read as JSON where they are JSON (`0.5`, `true`, `null`, `[1, 2]`), else as text.
+
+    Raises:
+        ConfigError: naming the key and the nearest valid one, or the file.
+    """
+    tree: dict[str, Any] = pipeline.model_dump(mode="json")
+    if file is not None:
+        _lay_over(tree, _read_config(file))
+    for setting in settings or []:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting!r} has no '='; write --set align.steps=100")
+        _lay_over(tree, _nested(key.strip().split("."), _value(text.strip())))
+    return validated(tree)
+
+
+def validated(tree: Mapping[str, Any]) -> Pipeline:
+    """Return the `Pipeline` that `tree` describes, or raise `ConfigError` naming every key that is wrong."""
+    try:
+        return Pipeline.model_validate(tree)
+    except ValidationError as error:
+        known = list(setting_names())
+        lines = [_explain(problem, known) for problem in error.errors()]
+        raise ConfigError("configuration refused:\n  " + "\n  ".join(lines)) from None
+
+
+def setting_names(model: type[BaseModel] = Pipeline, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting below `model`, groups included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, f"{prefix}{name}.")
+
+
+def _explain(problem: Mapping[str, Any], known: list[str]) -> str:
+    key = ".".join(str(step) for step in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"{key}: unknown setting; the nearest is {near[0]}"
+    if not key:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return f"{key}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {file}: expected an object of settings, got {type(tree).__name__}")
+    return tree
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    for step in reversed(path):
+        value = {step: value}
+    return dict(value)
+
+
+def _lay_over(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _lay_over(tree[key], value)
+        else:
+            tree[key] = value

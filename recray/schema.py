@@ -1,0 +1,94 @@
+"""The tables that stages exchange: the only thing one stage knows about another.
+
+Every item is known inside recray by `item`, its row in the items table (0 .. num_items - 1): that row order is a
+seeded shuffle, so the number carries nothing of the order in which a catalogue was numbered. Users are strings.
+
+    STAGE/TABLE               rows
+    ingest/interactions       one a usable interaction
+    ingest/items              one an item, in `item` order
+    ingest/rejected           one an input row that was set aside, with file, row and reason
+    sequences/histories       one a training history: everything a user met in the training split, in time order
+    sequences/train           one an alignment example: a cut of a history into (history, target)
+    sequences/validation      one an evaluation row, with its candidates
+    sequences/test            as validation; never read before `evaluate`
+    users/items               one an item: its SASRec vector
+    users/train|validation|test   one a row of the split of that name: the user's vector after `history`
+    negatives/train           one a row of sequences/train
+    reference/train           one a row of sequences/train
+    evaluate/rows             one a (model, row of sequences/test)
+"""
+
+import pyarrow as pa
+
+ITEM = pa.int32()
+ITEMS = pa.list_(pa.int32())
+VECTOR = pa.list_(pa.float32())
+
+INTERACTIONS = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("item", ITEM),
+        ("time", pa.int64()),  # seconds since 1970, or the published position where a log has no clock
+        ("rating", pa.float32()),  # null where the log has none
+        ("tie_break", pa.int64()),  # orders interactions of one user at one time; a seeded hash, or the position
+    ]
+)
+
+CATALOGUE = pa.schema(
+    [
+        ("item", ITEM),
+        ("item_id", pa.string()),  # as in the user's catalogue
+        ("title", pa.string()),
+        ("label", pa.string()),  # the title, with a suffix where another item has the same: unique
+        ("genres", pa.list_(pa.string())),  # empty where the catalogue has none
+    ]
+)
+
+REJECTED = pa.schema(
+    [
+        ("file", pa.string()),
+        ("row", pa.int64()),  # 0-based row of the file, header not counted
+        ("reason", pa.string()),
+        ("content", pa.string()),  # the row as JSON, cut at 500 characters
+    ]
+)
+
+HISTORIES = pa.schema([("row", pa.int64()), ("user_id", pa.string()), ("items", ITEMS)])
+
+EXAMPLES = pa.schema(
+    [("row", pa.int64()), ("user_id", pa.string()), ("history", ITEMS), ("target", ITEM)]
+)
+
+EVALUATION = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("user_id", pa.string()),
+        ("history", ITEMS),
+        ("target", ITEM),
+        ("candidates", ITEMS),  # holds the target exactly once, at a seeded place
+    ]
+)
+
+ITEM_VECTORS = pa.schema([("item", ITEM), ("vector", VECTOR)])
+ROW_VECTORS = pa.schema([("row", pa.int64()), ("vector", VECTOR)])
+NEGATIVES = pa.schema([("row", pa.int64()), ("negatives", ITEMS)])  # prefix-nested: the first N of any larger draw
+
+REFERENCE = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("items", ITEMS),  # the target, then the negatives: scores are joined by (row, item), never by position
+        ("scores", pa.list_(pa.float32())),  # log pi_ref(item | prompt of row), nats, summed over the item's tokens
+    ]
+)
+
+RANKED_ROWS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("row", pa.int64()),
+        ("user_id", pa.string()),
+        ("target", ITEM),
+        ("num_candidates", pa.int32()),
+        ("rank", pa.int32()),  # of the target, from 1, ties against us
+        ("ranked", ITEMS),  # the candidates, best first, at most `evaluate.keep_ranked`
+    ]
+)

@@ -1,0 +1,134 @@
+"""Which stages there are, what each reads, and when one may be skipped. Imports neither torch nor ray."""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from recray.config import Part, Pipeline, Resources
+from recray.errors import ConfigError, WorkspaceError
+from recray.workspace import Manifest, StageOutput, Workspace, fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(NamedTuple):
+    """One stage: its module is `recray.stages.NAME`, its settings `pipeline.NAME`."""
+
+    name: str
+    version: int  # raise it when the same settings and inputs give another output
+    inputs: tuple[str, ...]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("ingest", 1, ()),
+        Stage("sequences", 1, ("ingest",)),
+        Stage("users", 1, ("ingest", "sequences")),
+        Stage("sft", 1, ("ingest", "sequences")),
+        Stage("negatives", 1, ("ingest", "sequences")),
+        Stage("reference", 1, ("ingest", "sequences", "sft", "negatives")),
+        Stage("align", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
+        Stage("evaluate", 1, ("ingest", "sequences", "users", "sft", "align")),
+        Stage("report", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference", "align", "evaluate")),
+        Stage("tune", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
+    )
+}
+
+MAIN_JOB = tuple(name for name in STAGES if name != "tune")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given: its own part of the settings, its inputs, and where to write."""
+
+    part: Any  # the stage's own class of recray.config
+    seed: int
+    resources: Resources
+    workspace: Workspace
+    out: StageOutput
+    fingerprint: str
+    pipeline: Pipeline  # for the report and for the search, which lay settings over it; others read `part`
+
+
+def run_stages(pipeline: Pipeline, workspace: Workspace, names: tuple[str, ...], *, force: frozenset[str]) -> None:
+    """Run the named stages in order, skipping those that are up to date.
+
+    Raises:
+        ConfigError: if a name is no stage.
+        WorkspaceError: if the workspace is another run's, or an input is missing or out of date.
+    """
+    for name in (*names, *force):
+        if name not in STAGES:
+            raise ConfigError(f"no stage {name!r}; there are: {', '.join(STAGES)}")
+    workspace.claim(pipeline.name, pipeline.ingest.data)
+    for name in names:
+        _run_stage(pipeline, workspace, STAGES[name], force=name in force)
+
+
+def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool) -> None:
+    part: Part = getattr(pipeline, stage.name)
+    settings = part.model_dump(mode="json")
+    inputs = _input_prints(pipeline, workspace, stage)
+    print_now = fingerprint(stage.name, stage.version, settings, pipeline.seed, inputs)
+    done = workspace.manifest(stage.name)
+    if done is not None and done.fingerprint == print_now and not force:
+        logger.info("%s: up to date (%s), skipped", stage.name, print_now)
+        return
+    logger.info("%s: %s", stage.name, _reason(done, settings, inputs, force=force))
+    module = importlib.import_module(f"recray.stages.{stage.name}")
+    with workspace.stage(
+        stage.name, version=stage.version, part=settings, seed=pipeline.seed, inputs=inputs
+    ) as out:
+        module.run(Job(part, pipeline.seed, pipeline.resources, workspace, out, print_now, pipeline))
+    done = workspace.require(stage.name)
+    counts = ", ".join(f"{name} {count:,}" for name, count in done.counts.items())
+    logger.info("%s: done in %.1f s (%s)", stage.name, done.seconds, counts)
+
+
+def _input_prints(pipeline: Pipeline, workspace: Workspace, stage: Stage) -> dict[str, str]:
+    """Return the fingerprints of a stage's inputs, refusing inputs made with other settings than these."""
+    if stage.name == "ingest":
+        module = importlib.import_module("recray.data.logs")
+        return {"data": module.data_print(pipeline.ingest)}
+    prints = {}
+    for name in stage.inputs:
+        manifest = workspace.require(name)
+        settings = getattr(pipeline, name).model_dump(mode="json")
+        if manifest.part != settings or manifest.seed != pipeline.seed:
+            raise WorkspaceError(
+                f"`{name}` in {workspace.uri} was made with other settings than these "
+                f"({_difference(manifest, settings, pipeline.seed)}); run `recray {name}` again, or `recray run`"
+            )
+        prints[name] = manifest.fingerprint
+    return prints
+
+
+def _reason(done: Manifest | None, settings: dict[str, Any], inputs: dict[str, str], *, force: bool) -> str:
+    if done is None:
+        return "starts"
+    if force:
+        return "starts again, as forced"
+    if done.part != settings:
+        return f"starts again, settings changed: {_difference(done, settings, done.seed)}"
+    changed = [name for name, found in inputs.items() if done.inputs.get(name) != found]
+    return f"starts again, changed: {', '.join(changed) or 'stage version or seed'}"
+
+
+def _difference(manifest: Manifest, settings: dict[str, Any], seed: int) -> str:
+    old, new = _flat(manifest.part), _flat(settings)
+    pairs = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    if manifest.seed != seed:
+        pairs.append(f"seed was {manifest.seed}, now {seed}")
+    return "; ".join(pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
