@@ -1,0 +1,70 @@
+"""Ranks of a target among its candidates, and the metrics that follow from them, one value a row.
+
+Axes: R rows, C candidates (columns of shorter rows are padded and not `valid`).
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def ranks(scores: NDArray[Any], target_column: NDArray[Any], valid: NDArray[np.bool_]) -> Ints:
+    """Return the rank of the target in every row, from 1, with ties against us.
+
+    rank_r = 1 + #{c != target_r : valid_rc and score_rc >= score_r,target}
+
+    A model that scores everything alike is therefore last, never first by accident.
+
+    Args:
+        scores: [R, C], higher is better, any unit; what lies outside `valid` is not read.
+        target_column: [R], the column of the target.
+        valid: [R, C], True where there is a candidate.
+
+    Raises:
+        ValueError: if shapes disagree, a target is not valid, or a valid score is NaN; names the row.
+    """
+    scores, target_column, valid = (
+        np.asarray(scores),
+        np.asarray(target_column),
+        np.asarray(valid, dtype=bool),
+    )
+    if scores.ndim != 2 or valid.shape != scores.shape or target_column.shape != scores.shape[:1]:
+        raise ValueError(
+            f"expected scores [R, C], target_column [R] and valid [R, C], got shapes {scores.shape}, "
+            f"{target_column.shape} and {valid.shape}"
+        )
+    _refuse(
+        (target_column < 0) | (target_column >= scores.shape[1]),
+        "its target column is outside the candidates",
+    )
+    rows = np.arange(len(scores))
+    _refuse(~valid[rows, target_column], "its target is not a valid candidate")
+    _refuse((np.isnan(scores) & valid).any(axis=1), "a score is NaN")
+    beaten_by = valid & (scores >= scores[rows, target_column][:, None])
+    # The target ties with itself, which is the 1 that ranks start from.
+    return beaten_by.sum(axis=1, dtype=np.int64)
+
+
+def hit_rate(ranks: NDArray[Any], k: int) -> Floats:
+    """Return 1 where the target is among the first `k`, else 0; [R]."""
+    return (np.asarray(ranks) <= k).astype(np.float64)
+
+
+def ndcg(ranks: NDArray[Any], k: int) -> Floats:
+    """Return NDCG@k for one relevant item: 1 / log2(1 + rank) where rank <= k, else 0; [R]."""
+    ranks = np.asarray(ranks)
+    return np.where(ranks <= k, 1.0 / np.log2(1.0 + ranks), 0.0)
+
+
+def reciprocal_rank(ranks: NDArray[Any]) -> Floats:
+    """Return 1 / rank; [R]."""
+    return 1.0 / np.asarray(ranks, dtype=np.float64)
+
+
+def _refuse(faulty: NDArray[np.bool_], reason: str) -> None:
+    if faulty.any():
+        raise ValueError(f"row {int(np.flatnonzero(faulty)[0])} can't be ranked: {reason}")
