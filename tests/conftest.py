@@ -1,0 +1,83 @@
+"""What every test stands on: one quiet local Ray a run, few threads, shapes checked at run time, no network."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+# Set before anything imports torch, ray, deepspeed or a Hugging Face library: they read these once.
+os.environ.update(
+    {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "2",
+        "MPLBACKEND": "Agg",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Checks every annotated call of recray in this process (Ray's workers import it plain), axes of tensors included.
+install_import_hook("recray", "beartype.beartype")
+
+import pytest  # noqa: E402
+
+from recray.workspace import Workspace  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray with two CPUs, started once for all tests that ask for it."""
+    import ray
+    from ray.data import DataContext
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(
+            num_cpus=2,
+            num_gpus=0,
+            include_dashboard=False,
+            configure_logging=True,
+            logging_level="ERROR",
+            log_to_driver=False,
+            object_store_memory=500 * 1024**2,
+        )
+    DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def recray_data() -> Path:
+    """The folder of real logs (ml-latest-small, amazon_games, ...) that RECRAY_DATA names."""
+    folder = os.environ.get("RECRAY_DATA")
+    if not folder:
+        pytest.skip(
+            "RECRAY_DATA is not set: it names the folder that holds ml-latest-small, amazon_games, ..."
+        )
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.skip(f"RECRAY_DATA={folder} is not a folder")
+    return path
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """An empty workspace that the test owns."""
+    return Workspace(str(tmp_path / "workspace"))
