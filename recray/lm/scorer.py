@@ -1,0 +1,191 @@
+"""Log-probabilities of items under a causal language model, one pass over each prompt.
+
+Axes: as in `recray.lm.layout`; D is the hidden size, V the vocabulary.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recray.data.catalogue import Catalogue
+from recray.lm.layout import Layout, Segments, candidate_layout
+from recray.lm.load import open_recommender
+
+LOGITS_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
+
+Scorer = Callable[[list[ndarray], list[ndarray]], list[ndarray]]
+
+
+class Packed(NamedTuple):
+    """A `Layout` as tensors on the device."""
+
+    tokens: Int[Tensor, "R T"]
+    positions: Int[Tensor, "R T"]
+    segment: Int[Tensor, "R T"]
+    branch: Int[Tensor, "R T"]
+    source: Int[Tensor, " S"]
+    label: Int[Tensor, " S"]
+    slot: Int[Tensor, " S"]
+    num_scores: int
+
+
+class ItemScorer(nn.Module):
+    """A causal language model that returns log-probabilities of scored tokens only.
+
+    The head is applied where an item's token is predicted and nowhere else, in chunks whose logits are made again in
+    backward: logits of [rows, tokens, vocabulary] never exist.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._float_mask = config._attn_implementation == "eager"
+
+    def forward(self, packed: Packed) -> Float[Tensor, " S"]:
+        """Return log pi(label | everything it may see), in nats, float32, one a scored token."""
+        hidden = self.hidden(packed)
+        chunk = max(1, LOGITS_AT_ONCE // int(self.model.config.vocab_size))
+        if packed.source.numel() <= chunk or not torch.is_grad_enabled():
+            pieces = [
+                self._log_probability(h, y)
+                for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
+            ]
+        else:
+            pieces = [
+                checkpoint(self._log_probability, h, y, use_reentrant=False)
+                for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
+            ]
+        return torch.cat(pieces)
+
+    def hidden(self, packed: Packed) -> Float[Tensor, "S D"]:
+        """Return the hidden states that predict the scored tokens."""
+        mask: Tensor = visible(packed.segment, packed.branch)[:, None]
+        if self._float_mask:
+            # Eager attention *adds* the mask: a boolean one would be silently wrong.
+            dtype = next(self.model.parameters()).dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        states = self.model.base_model(
+            input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False
+        ).last_hidden_state
+        chosen: Tensor = states.flatten(end_dim=1)[packed.source]
+        return chosen
+
+    def _log_probability(self, hidden: Float[Tensor, "s D"], label: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
+        # float32: bf16 keeps 8 bits of mantissa, so a log-probability near -40 would be off by a quarter of a nat.
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        picked: Tensor = logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(dim=1)
+        return picked
+
+
+def visible(segment: Int[Tensor, "R T"], branch: Int[Tensor, "R T"]) -> Bool[Tensor, "R T T"]:
+    """Return which key (last axis) each query (second axis) may attend to.
+
+    A token sees itself and earlier tokens of its own segment that belong to the prompt or to its own candidate.
+    Padding sees earlier padding, so that no row of the softmax is empty.
+    """
+    same_segment = segment[:, :, None] == segment[:, None, :]
+    reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    width = segment.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
+    return same_segment & reachable & causal
+
+
+def sum_by_slot(log_probability: Float[Tensor, " S"], packed: Packed) -> Float[Tensor, " scores"]:
+    """Return one score a candidate (or stream): the sum over its tokens, in nats."""
+    zeros = log_probability.new_zeros(packed.num_scores)
+    return zeros.index_add(0, packed.slot, log_probability)
+
+
+def to_device(layout: Layout, device: torch.device | str) -> Packed:
+    """Return the layout as tensors on `device`."""
+    arrays = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in layout[:-1]]
+    return Packed(*arrays, layout.num_scores)
+
+
+def segments_of(catalogue: Catalogue, histories: list[ndarray], candidates: list[ndarray]) -> Segments:
+    """Return the prompts of `histories` and the items in `candidates` as tokens."""
+    prompts = [catalogue.prompt(history, items) for history, items in zip(histories, candidates, strict=True)]
+    tokens, lengths = catalogue.items(np.concatenate(candidates))
+    return Segments(
+        prompt_tokens=np.concatenate(prompts),
+        prompt_lengths=np.array([prompt.size for prompt in prompts], dtype=np.int64),
+        candidate_tokens=tokens,
+        candidate_lengths=np.asarray(lengths, dtype=np.int64),
+        candidates_each=np.array([items.size for items in candidates], dtype=np.int64),
+    )
+
+
+def segment_lengths(catalogue: Catalogue, histories: list[ndarray], candidates: list[ndarray]) -> Int[ndarray, " U"]:
+    """Return the tokens of each segment: its prompt and all its candidates."""
+    own = np.array([catalogue.item_lengths[items].sum() for items in candidates], dtype=np.int64)
+    prompts = [catalogue.prompt(h, c).size for h, c in zip(histories, candidates, strict=True)]
+    return np.array(prompts, dtype=np.int64) + own
+
+
+def score_rows(
+    scorer: ItemScorer,
+    catalogue: Catalogue,
+    histories: list[ndarray],
+    candidates: list[ndarray],
+    *,
+    tokens_per_micro_batch: int,
+) -> list[Float[ndarray, " C"]]:
+    """Return the summed log-probability of each row's candidates, in their order, float32, in nats.
+
+    Rows are scored in groups of like length under a budget of tokens; no gradient.
+    """
+    lengths = segment_lengths(catalogue, histories, candidates)
+    found: list[ndarray] = [np.zeros(0, dtype=np.float32)] * len(histories)
+    device = next(scorer.parameters()).device
+    for group in groups_by_tokens(lengths, tokens_per_micro_batch):
+        chosen = [candidates[row] for row in group]
+        segments = segments_of(catalogue, [histories[row] for row in group], chosen)
+        packed = to_device(candidate_layout(segments), device)
+        with torch.inference_mode():
+            scores = sum_by_slot(scorer(packed), packed).float().cpu().numpy()
+        borders = np.cumsum([items.size for items in chosen])[:-1]
+        for row, own in zip(group, np.split(scores, borders), strict=True):
+            found[row] = own
+    return found
+
+
+def groups_by_tokens(lengths: Int[ndarray, " U"], budget: int) -> list[list[int]]:
+    """Return row numbers in groups of like length, each at most `budget` tokens when padded (one row at least)."""
+    groups: list[list[int]] = []
+    widest = 0
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        if not groups or widest * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+            widest = int(lengths[row])
+        groups[-1].append(row)
+    return groups
+
+
+def load_scorer(folder: Path, *, tokens_per_micro_batch: int) -> Scorer:
+    """Return a function from histories and candidates to scores, for a recommender's folder.
+
+    Raises:
+        ModelError, CatalogueError: if the folder is not a recommender that recray wrote whole.
+    """
+    model, catalogue = open_recommender(folder)
+    scorer = ItemScorer(model).eval()
+    if torch.cuda.is_available():
+        scorer.cuda()
+
+    def score(histories: list[ndarray], candidates: list[ndarray]) -> list[ndarray]:
+        return score_rows(
+            scorer, catalogue, histories, candidates, tokens_per_micro_batch=tokens_per_micro_batch
+        )
+
+    return score
