@@ -22,6 +22,7 @@ class ScoreBatch(NamedTuple):
     """What an objective may look at: scores of the whole global batch, and what these B users may use of them."""
 
     score: Float[Tensor, "G 1+N"]  # nats; positive first; log-ratios where the objective has a reference
+    pool: Float[Tensor, "G N"]  # the negatives of `score` as borrowed: detached from it, if as released
     place: Int[Tensor, " B"]  # of the B users among the G
     usable: Bool[Tensor, "B G N"]
     margin: Float[Tensor, "B G N"]
@@ -42,12 +43,7 @@ Objective = Callable[..., Float[Tensor, " B"]]
 
 def napo(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
     """NAPO over all usable negatives of the global batch."""
-    return napo_loss(batch.positive, batch.score[:, 1:], batch.margin, batch.usable, beta=beta)
-
-
-def napo_detached(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
-    """NAPO as released: what was gathered sends no gradient, so no negative learns anything."""
-    return napo_loss(batch.positive, batch.score[:, 1:].detach(), batch.margin, batch.usable, beta=beta)
+    return napo_loss(batch.positive, batch.pool, batch.margin, batch.usable, beta=beta)
 
 
 def sdpo(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
@@ -67,7 +63,6 @@ def cross_entropy(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
 
 OBJECTIVES: dict[str, Objective] = {
     "napo": napo,
-    "napo_detached": napo_detached,
     "sdpo": sdpo,
     "dpo": dpo,
     "cross_entropy": cross_entropy,

@@ -1,0 +1,194 @@
+"""Alignment examples as memory-mapped Arrow shards, so that any rows can be read at once in bounded memory.
+
+A shard is one Arrow IPC file of one record batch: taking 64 scattered rows of one batch costs a fraction of a
+millisecond, of several batches many times that.
+
+Axes:
+    R  rows taken
+    N  negatives
+    D  width of user vectors
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from recray.errors import DataError
+
+SHARD_ROWS = 65536
+
+
+class Examples(NamedTuple):
+    """Rows of alignment examples."""
+
+    row: Int[ndarray, " R"]
+    user: Int[ndarray, " R"]  # number of the row's user
+    histories: list[Int[ndarray, " H"]]
+    items: Int[ndarray, "R 1+N"]  # the positive, then the negatives
+    reference: Float[ndarray, "R 1+N"]  # nats
+    vector: Float[ndarray, "R D"]
+    met: list[Int[ndarray, " M"]]  # sorted: what the row's user met in training
+
+
+def join_examples(
+    examples: pa.Table, negatives: pa.Table, reference: pa.Table, vectors: pa.Table, met: Mapping[str, ndarray]
+) -> pa.Table:
+    """Return one table of examples with all that is known of each, joined by row and, for scores, by item.
+
+    Args:
+        examples: recray.schema.EXAMPLES.
+        negatives: recray.schema.NEGATIVES.
+        reference: recray.schema.REFERENCE; may hold more items a row than are drawn here, in any order.
+        vectors: recray.schema.ROW_VECTORS.
+        met: For each user id, the sorted items met in training.
+
+    Raises:
+        DataError: if a row lacks its negatives, vector or a reference score, naming it.
+    """
+    examples = examples.sort_by("row")
+    rows = examples["row"].to_numpy()
+    drawn = _aligned(rows, negatives, "negatives")
+    vector = _matrix(_aligned(rows, vectors, "user vectors")["vector"])
+    negative = _matrix(drawn["negatives"])
+    items = np.column_stack([examples["target"].to_numpy(), negative]).astype(np.int32)
+    scores = _scores_of(rows, items, _aligned(rows, reference, "reference scores"))
+    user_ids = examples["user_id"].combine_chunks().dictionary_encode()
+    known = [met[user] for user in user_ids.dictionary.to_pylist()]
+    codes = user_ids.indices.to_numpy().astype(np.int64)
+    return pa.table(
+        {
+            "row": rows,
+            "user": codes,
+            "history": examples["history"].combine_chunks(),
+            "items": _fixed(items),
+            "reference": _fixed(scores),
+            "vector": _fixed(vector.astype(np.float32)),
+            "met": _ragged([known[code] for code in codes]),
+        }
+    )
+
+
+def write_shards(folder: Path, table: pa.Table, *, shard_rows: int = SHARD_ROWS) -> int:
+    """Write the joined table as shards; return how many. Row r must be the r-th of the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = max(1, -(-table.num_rows // shard_rows))
+    for number in range(count):
+        part = table.slice(number * shard_rows, shard_rows).combine_chunks()
+        with pa.OSFile(str(folder / f"{number:06d}.arrow"), "wb") as sink, pa.ipc.new_file(sink, part.schema) as out:
+            for batch in part.to_batches():
+                out.write_batch(batch)
+    return count
+
+
+class ExampleShards:
+    """Reads scattered rows from the shards of a folder."""
+
+    def __init__(self, folder: Path, *, shard_rows: int = SHARD_ROWS) -> None:
+        self._shard_rows = shard_rows
+        self._shards = [
+            pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in sorted(folder.glob("*.arrow"))
+        ]
+        self.num_rows = sum(shard.num_rows for shard in self._shards)
+
+    def take(self, rows: Int[ndarray, " R"]) -> Examples:
+        """Return these rows, in this order; a row may be asked for twice."""
+        shard = rows // self._shard_rows
+        pieces, places = [], []
+        for number in np.unique(shard).tolist():
+            inside = np.flatnonzero(shard == number)
+            pieces.append(self._shards[number].take(pa.array(rows[inside] - number * self._shard_rows)))
+            places.append(inside)
+        back = np.argsort(np.concatenate(places), kind="stable")
+        table = pa.concat_tables(pieces).take(pa.array(back)).combine_chunks()
+        return Examples(
+            row=table["row"].to_numpy(),
+            user=table["user"].to_numpy(),
+            histories=_lists(table["history"]),
+            items=_matrix(table["items"]),
+            reference=_matrix(table["reference"]),
+            vector=_matrix(table["vector"]),
+            met=_lists(table["met"]),
+        )
+
+
+def met_in_training(histories: pa.Table, examples: pa.Table) -> dict[str, Int[ndarray, " M"]]:
+    """Return for each user id the sorted items that any of the user's training rows holds."""
+    users, items = [], []
+    for table, column in ((histories, "items"), (examples, "history")):
+        lists = table[column].combine_chunks()
+        users.append(table["user_id"].combine_chunks().take(pc.list_parent_indices(lists)))
+        items.append(lists.flatten())
+    users.append(examples["user_id"].combine_chunks())
+    items.append(examples["target"].combine_chunks())
+    pairs = pa.table({"user": pa.concat_arrays(users), "item": pa.concat_arrays(items)})
+    grouped = pairs.group_by("user").aggregate([("item", "distinct")])
+    found = _lists(grouped["item_distinct"])
+    return {user: np.sort(own) for user, own in zip(grouped["user"].to_pylist(), found, strict=True)}
+
+
+def _aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
+    """Return the table's rows in the order of `rows`."""
+    have = table["row"].to_numpy()
+    order = np.argsort(have, kind="stable")
+    place = np.searchsorted(have, rows, sorter=order)
+    inside = place < have.size
+    missing = ~inside
+    missing[inside] = have[order[place[inside]]] != rows[inside]
+    if missing.any():
+        raise DataError(
+            f"{what}: row {rows[missing][0]} is missing ({missing.sum()} of {rows.size} rows are); run that stage again"
+        )
+    return table.take(pa.array(order[place])).combine_chunks()
+
+
+def _scores_of(rows: Int[ndarray, " R"], items: Int[ndarray, "R K"], reference: pa.Table) -> Float[ndarray, "R K"]:
+    """Return the reference score of each (row, item), found by item and never by position."""
+    lists = reference["items"].combine_chunks()
+    owner = pc.list_parent_indices(lists).to_numpy()
+    width = max(int(items.max(initial=0)), pc.max(lists.flatten()).as_py() or 0) + 1
+    have = owner * width + lists.flatten().to_numpy()
+    want = np.arange(rows.size)[:, None] * width + items
+    order = np.argsort(have, kind="stable")
+    place = np.minimum(np.searchsorted(have, want, sorter=order), have.size - 1)
+    found = order[place]
+    wrong = have[found] != want
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"reference scores: row {rows[row]} has none for item {items[row, column]}; run `reference` again"
+        )
+    scores: ndarray = reference["scores"].combine_chunks().flatten().to_numpy()[found]
+    return scores.astype(np.float32)
+
+
+def _matrix(column: pa.ChunkedArray) -> ndarray:
+    """Return a column of equally long lists as a matrix."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = lists.chunk(0) if lists.num_chunks else pa.array([], column.type)
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(lists), -1) if len(lists) else flat.reshape(0, 0)
+
+
+def _lists(column: pa.ChunkedArray) -> list[ndarray]:
+    """Return a column of ragged lists as arrays."""
+    lists = column.combine_chunks()
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+    return np.split(flat, ends[:-1]) if len(lists) else []
+
+
+def _fixed(matrix: ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+
+
+def _ragged(arrays: list[ndarray]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([array.size for array in arrays])]).astype(np.int32)
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(np.int32)))

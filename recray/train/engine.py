@@ -1,0 +1,186 @@
+"""Gradients and updates of one model on one rank: plain, or under DeepSpeed ZeRO. The only importer of deepspeed.
+
+Both sum gradients over ranks: the losses they are given are each rank's share of one global sum, already divided by a
+global count.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recray.distributed.collectives import sum_over_ranks, world
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    module: nn.Module
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's share of the loss; `last` marks the last micro-batch of a step."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear; return the global gradient norm before clipping."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer whole, on the CPU; a collective, so every rank must call it."""
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write what a resumed run needs; a collective."""
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read it back; a collective."""
+
+
+class PlainEngine:
+    """AdamW on whole parameters; gradients are summed over ranks."""
+
+    def __init__(self, module: nn.Module, *, weight_decay: float, clip_norm: float) -> None:
+        self.module = module
+        self._clip_norm = clip_norm
+        self._optimiser = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=0.0)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - one rank needs no boundary
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if world()[1] > 1:
+            for parameter in parameters:
+                grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad = sum_over_ranks(grad)
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+
+    def save(self, folder: Path, tag: str) -> None:
+        if world()[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(
+                {"module": self.module.state_dict(), "optimiser": self._optimiser.state_dict()}, folder / f"{tag}.pt"
+            )
+
+    def load(self, folder: Path, tag: str) -> None:
+        state = torch.load(folder / f"{tag}.pt", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimiser.load_state_dict(state["optimiser"])
+
+
+class DeepSpeedEngine:
+    """AdamW under ZeRO 0 to 3."""
+
+    def __init__(
+        self, module: nn.Module, *, weight_decay: float, clip_norm: float, zero_stage: int, bf16: bool = False
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self._world_size = world()[1]
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(module, weight_decay),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": clip_norm,
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "bf16": {"enabled": bf16},
+                "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
+                "steps_per_print": 10**9,
+            },
+        )
+        self._engine: Any = engine
+        self.module = engine
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._engine.device
+        return device
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # DeepSpeed averages over ranks, and takes every backward for a whole step unless told where steps end:
+        # without the boundary, several backwards before one step are silently wrong at ZeRO 1 and 2.
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss * self._world_size)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        inner: nn.Module = self._engine.module
+        with _gathered(list(inner.parameters()), stage=self._engine.zero_optimization_stage()):
+            return {name: tensor.detach().cpu().clone() for name, tensor in inner.state_dict().items()}
+
+    def save(self, folder: Path, tag: str) -> None:
+        self._engine.save_checkpoint(str(folder), tag=tag)
+
+    def load(self, folder: Path, tag: str) -> None:
+        self._engine.load_checkpoint(str(folder), tag=tag)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return matrices with weight decay, vectors (norms, biases) without."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return groups
+
+
+def make_engine(
+    module: nn.Module, *, kind: str, weight_decay: float, clip_norm: float, zero_stage: int
+) -> PlainEngine | DeepSpeedEngine:
+    """Return the engine of this kind, "plain" or "deepspeed"."""
+    if kind == "plain":
+        return PlainEngine(module, weight_decay=weight_decay, clip_norm=clip_norm)
+    bf16 = next(module.parameters()).dtype == torch.bfloat16
+    return DeepSpeedEngine(
+        module, weight_decay=weight_decay, clip_norm=clip_norm, zero_stage=zero_stage, bf16=bf16
+    )
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed so that it runs without a GPU and without a compiler."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    # A start on CPUs would compile a shared-memory op that only inference uses, which needs a C++ compiler.
+    if deepspeed.__version__.startswith("0.19.") and not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _gathered(parameters: list[Tensor], *, stage: int) -> Iterator[None]:
+    if stage < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield

@@ -1,0 +1,215 @@
+"""From rows to units: what a data node computes for one rank and one step. Pure but for reading the rows.
+
+Axes:
+    G  rows of a global batch        N  negatives
+    B  rows of it on this rank       D  width of user vectors
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy import ndarray
+from torch import Tensor
+
+from recray.config import Objective
+from recray.data.catalogue import Catalogue
+from recray.data.examples import Examples, ExampleShards
+from recray.lm.layout import Layout, candidate_layout, stream_layout
+from recray.lm.scorer import segment_lengths, segments_of
+from recray.objectives.margins import confidence
+from recray.objectives.sharing import above_threshold, own_only, similarity, top_fraction, usable_negatives
+from recray.train.order import Order, rows_of_step
+from recray.train.units import MicroBatch, Unit, split
+
+
+class Share(NamedTuple):
+    """How a global batch is cut: over ranks, and inside a rank by tokens."""
+
+    world_size: int
+    token_budget: int
+    least_micro_batches: int = 1
+
+
+class AlignFeed:
+    """Makes units of alignment examples."""
+
+    def __init__(
+        self,
+        shards: ExampleShards,
+        catalogue: Catalogue,
+        item_vectors: Tensor,
+        order: Order,
+        share: Share,
+        objective: Objective,
+        *,
+        num_negatives: int,
+        sample_items: int = 512,
+    ) -> None:
+        self._shards, self._catalogue, self._order, self._share = shards, catalogue, order, share
+        self._objective, self._num_negatives = objective, num_negatives
+        self._item_vectors = item_vectors
+        rng = np.random.default_rng(order.seed)
+        sample = rng.choice(len(item_vectors), min(sample_items, len(item_vectors)), replace=False)
+        self._sample_vectors = item_vectors[torch.from_numpy(sample)]
+
+    def unit(self, step: int, rank: int) -> Unit:
+        """Return the unit of one rank in one step."""
+        rows = rows_of_step(self._order, step)
+        examples = self._shards.take(rows)
+        items = examples.items[:, : 1 + self._num_negatives]
+        candidates = list(items)
+        lengths = segment_lengths(self._catalogue, examples.histories, candidates)
+        share = self._share
+        places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
+        micro_batches = [
+            MicroBatch(own, _candidates_or_company(self._catalogue, examples.histories, candidates, own))
+            for own in places
+        ]
+        mine = np.concatenate(places)
+        arrays = {"place": mine, "reference": examples.reference[:, : 1 + self._num_negatives]}
+        arrays |= self._borrowing(examples, items, mine)
+        return Unit(step, rank, micro_batches, arrays, rows.tolist())
+
+    def _borrowing(self, examples: Examples, items: Int[ndarray, "G 1+N"], mine: Int[ndarray, " B"]) -> dict[str, ndarray]:
+        """Return who may use which negative, and the borrower's confidence in each."""
+        settings = self._objective
+        place, user = torch.from_numpy(mine), torch.from_numpy(examples.user)
+        vectors = torch.from_numpy(examples.vector)
+        negatives = items[:, 1:]
+        lends = self._lends(vectors, place, user)
+        forbidden = None
+        if settings.guard:
+            forbidden = torch.from_numpy(forbidden_items(examples, items, mine))
+        usable = usable_negatives(lends, forbidden, place, negatives.shape[1])
+        vector = self._item_vectors[torch.from_numpy(negatives.reshape(-1).astype(np.int64))]
+        sure = confidence(vectors[place], vector, self._sample_vectors).reshape(usable.shape)
+        liking = (vectors[place] @ vector.T).reshape(usable.shape)
+        return {
+            "usable": usable.contiguous().numpy(),
+            "confidence": sure.numpy(),
+            "liking_sum": (liking * usable).sum().reshape(1).numpy(),
+        }
+
+    def _lends(self, vectors: Tensor, place: Tensor, user: Tensor) -> Tensor:
+        settings = self._objective
+        if settings.name != "napo" or settings.sharing == "none":
+            return own_only(place, len(user))
+        similar = similarity(vectors[place], vectors, cosine=settings.similarity == "cosine")
+        if settings.sharing == "threshold":
+            return above_threshold(similar, place, user, threshold=settings.sharing_threshold)
+        return top_fraction(similar, place, user, fraction=settings.sharing_fraction)
+
+
+def forbidden_items(
+    examples: Examples, items: Int[ndarray, "G 1+N"], mine: Int[ndarray, " B"]
+) -> Bool[ndarray, "B G N"]:
+    """Return which negatives each of my users met in training or is being taught as its positive."""
+    negatives = items[:, 1:].reshape(-1)
+    forbidden = np.zeros((mine.size, negatives.size), dtype=bool)
+    for borrower, place in enumerate(mine.tolist()):
+        met = np.append(examples.met[place], items[place, 0])
+        forbidden[borrower] = np.isin(negatives, met)
+    return forbidden.reshape(mine.size, items.shape[0], -1)
+
+
+class StreamFeed:
+    """Makes units of item streams, in which every item is a target; for supervised fine-tuning.
+
+    A row is one window of `window_items` items of one history. In every epoch a history's windows begin at another
+    seeded place, so that an item is not always seen behind the same context; each item is a target once an epoch.
+    """
+
+    def __init__(
+        self, histories: Sequence[ndarray], catalogue: Catalogue, order: Order, share: Share, *, window_items: int
+    ) -> None:
+        self._histories, self._catalogue, self._share = histories, catalogue, share
+        self._order, self._window = order, window_items
+        self._history, self._number, self._slack = windows_of(
+            np.array([history.size for history in histories], dtype=np.int64), window_items
+        )
+
+    def unit(self, step: int, rank: int) -> Unit:
+        """Return the unit of one rank in one step."""
+        rows = rows_of_step(self._order, step)
+        epoch = (step * self._order.global_batch + np.arange(rows.size)) // self._order.num_rows
+        streams = [
+            self._catalogue.prompt(self._items(int(row), int(when))) for row, when in zip(rows, epoch, strict=True)
+        ]
+        lengths = np.array([stream.size for stream in streams], dtype=np.int64)
+        share = self._share
+        places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
+        micro_batches = [
+            MicroBatch(own, _streams_or_company(self._catalogue, [streams[place] for place in own])) for own in places
+        ]
+        scored = np.array([max(1, int((lengths - 1).sum()))])
+        return Unit(step, rank, micro_batches, {"scored_tokens": scored}, rows.tolist())
+
+    def _items(self, row: int, epoch: int) -> Int[ndarray, " n"]:
+        history = self._histories[int(self._history[row])]
+        slack = int(self._slack[row])
+        key = [self._order.seed, epoch, int(self._history[row])]
+        shift = int(np.random.default_rng(key).integers(slack + 1)) if slack else 0
+        start = int(self._number[row]) * self._window - shift
+        return history[max(0, start) : start + self._window]
+
+
+def windows_of(lengths: Int[ndarray, " H"], window: int) -> tuple[ndarray, ndarray, ndarray]:
+    """Return for each window its history, its number inside it, and by how much the history's windows may shift."""
+    counts = -(-lengths // window)
+    history = np.repeat(np.arange(lengths.size), counts)
+    number = np.arange(history.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    # A shift of at most counts * window - length keeps the number of windows; the first must keep an item.
+    slack = np.minimum(counts * window - lengths, window - 1)
+    return history, number, slack[history]
+
+
+class ExampleFeed:
+    """Makes units of (history, target) examples; for supervised fine-tuning with an instruction template."""
+
+    def __init__(
+        self, histories: Sequence[ndarray], targets: Int[ndarray, " R"], catalogue: Catalogue, order: Order, share: Share
+    ) -> None:
+        self._histories, self._targets = histories, targets
+        self._catalogue, self._order, self._share = catalogue, order, share
+
+    def unit(self, step: int, rank: int) -> Unit:
+        """Return the unit of one rank in one step."""
+        rows = rows_of_step(self._order, step)
+        histories = [self._histories[row] for row in rows.tolist()]
+        candidates = list(self._targets[rows][:, None])
+        lengths = segment_lengths(self._catalogue, histories, candidates)
+        share = self._share
+        places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
+        micro_batches = [
+            MicroBatch(own, _candidates_or_company(self._catalogue, histories, candidates, own)) for own in places
+        ]
+        scored = np.array([int(self._catalogue.item_lengths[self._targets[rows]].sum())])
+        return Unit(step, rank, micro_batches, {"scored_tokens": scored}, rows.tolist())
+
+
+def _candidates_or_company(
+    catalogue: Catalogue, histories: Sequence[ndarray], candidates: list[ndarray], own: Int[ndarray, " b"]
+) -> Layout:
+    if not own.size:
+        return company(catalogue)
+    return candidate_layout(
+        segments_of(catalogue, [histories[place] for place in own], [candidates[place] for place in own])
+    )
+
+
+def _streams_or_company(catalogue: Catalogue, streams: list[ndarray]) -> Layout:
+    if not streams:
+        return company(catalogue)
+    return stream_layout(np.concatenate(streams), np.array([stream.size for stream in streams], dtype=np.int64))
+
+
+def company(catalogue: Catalogue) -> Layout:
+    """Return the layout of an empty micro-batch: two tokens whose score nobody uses.
+
+    A rank without rows still passes through the model, as the others' collectives in ZeRO-3 wait for it.
+    """
+    tokens = np.array([catalogue.end_id, catalogue.end_id], dtype=np.int64)
+    return stream_layout(tokens, np.array([2], dtype=np.int64))
