@@ -1,4 +1,4 @@
-"""What every test stands on: one quiet local Ray a run, few threads, shapes checked at run time, no network."""
+"""What every test stands on: one quiet local Ray a run, few threads, checked shapes, no network."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Checks every annotated call of recray in this process (Ray's workers import it plain), axes of tensors included.
+# Checks every annotated call of recray in this process (Ray's workers import it plain), tensor axes too.
 install_import_hook("recray", "beartype.beartype")
 
 import pytest  # noqa: E402
@@ -68,9 +68,7 @@ def recray_data() -> Path:
     """The folder of real logs (ml-latest-small, amazon_games, ...) that RECRAY_DATA names."""
     folder = os.environ.get("RECRAY_DATA")
     if not folder:
-        pytest.skip(
-            "RECRAY_DATA is not set: it names the folder that holds ml-latest-small, amazon_games, ..."
-        )
+        pytest.skip("RECRAY_DATA is not set: the folder that holds ml-latest-small, amazon_games")
     path = Path(folder)
     if not path.is_dir():
         pytest.skip(f"RECRAY_DATA={folder} is not a folder")

@@ -1,0 +1,30 @@
+"""MovieLens in its `interactions` and `items` tables: ml-latest-small is what the settings were chosen on."""
+
+from recray.config import Align, Ingest, LanguageModel, Negatives, Optimiser, Pipeline, Sequences, Sft, Users
+
+
+def movielens() -> Pipeline:
+    """MovieLens ratings, split at one moment for all users (the honest split)."""
+    return Pipeline(
+        name="movielens",
+        # Every rating counts as an interaction, a low one too: one rates what one chose to watch, and which film
+        # comes next is what is predicted here. `--set ingest.min_rating=4` keeps liked films only.
+        ingest=Ingest(min_rating=None, min_user_interactions=5, min_item_interactions=3),
+        sequences=Sequences(
+            split="time_cut",
+            validation_fraction=0.1,
+            test_fraction=0.1,
+            # With one cut for all, few users (the late ones) hold many held-out rows: keep enough rows of each for
+            # narrow intervals, which are clustered by user.
+            targets_per_user=20,
+            examples_per_user=20,
+            num_candidates=100,
+        ),
+        users=Users(dim=64, passes=40),
+        sft=Sft(
+            model=LanguageModel(hidden_size=128, layers=4, heads=4, intermediate_size=384, vocabulary=4096),
+            passes=8,
+        ),
+        negatives=Negatives(num=15),
+        align=Align(optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=200),
+    )

@@ -1,0 +1,229 @@
+"""The command line: `recray run` for the whole job, one command a stage, and what recipes there are.
+
+Everything that can be wrong with a configuration is found before Ray starts. Only `typer` is imported at the top:
+`recray --help` needs neither torch nor ray.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recray import __version__
+from recray.errors import ConfigError, RecrayError
+
+if TYPE_CHECKING:
+    from recray.config import Pipeline
+    from recray.workspace import Workspace
+
+STAGE_HELP = {
+    "ingest": "Read logs and catalogue into one schema; set aside what can't be used.",
+    "sequences": "Put histories in time order, split them, draw evaluation candidates.",
+    "users": "Fit SASRec and compute a vector for every user and item.",
+    "sft": "Teach the language model the catalogue and the histories.",
+    "negatives": "Draw the items that each positive is compared with.",
+    "reference": "Score positives and negatives under the frozen SFT model.",
+    "align": "Optimise preferences from the SFT model.",
+    "evaluate": "Rank the test split with every model and baseline.",
+    "report": "Write the report of the run as one HTML file.",
+    "tune": "Search over margin and number of negatives; not part of `run`.",
+}
+
+app = typer.Typer(
+    help="Interaction logs in, an aligned LLM recommender out, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", metavar="NAME", help="See `recray recipes`.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="PATH", help="File, folder, glob or URI of logs.")
+]
+WorkspaceOption = Annotated[str, typer.Option("--workspace", metavar="DIR", help="Folder or URI of the run.")]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="JSON laid over the recipe.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="One setting; repeatable.")
+]
+ForceOption = Annotated[
+    list[str] | None,
+    typer.Option("--force", metavar="STAGE", help="Run it though it is up to date; repeatable."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the whole run.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", metavar="N", help="Training workers.")]
+
+
+def main(command: str | None = None) -> None:
+    """Run the command line, `command` standing before the arguments; print recray's own errors without traceback.
+
+    Exits with 2 if the configuration is wrong and with 1 after any other error.
+    """
+    arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+    try:
+        app(arguments, prog_name="recray" if command is None else f"python -m pipelines.{command}")
+    except Exception as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        typer.echo(f"error: {own}", err=True)
+        sys.exit(2 if isinstance(own, ConfigError) else 1)
+
+
+def _own_error(error: Exception) -> RecrayError | None:
+    """Return what recray itself has to say, looking into errors that Ray wrapped around it."""
+    if isinstance(error, RecrayError) or "ray" not in sys.modules:
+        return error if isinstance(error, RecrayError) else None
+    from recray.stages.cluster import own_error
+
+    return own_error(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"recray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version  # its callback has dealt with it
+
+
+@app.command("recipes", help="List the recipes.")
+def list_recipes() -> None:
+    """Print every recipe with its first line."""
+    from pipelines.recipes import RECIPES
+
+    width = max(map(len, RECIPES))
+    for name, recipe in RECIPES.items():
+        typer.echo(f"{name:<{width}}  {recipe.summary}{'' if recipe.needs_data else ' Runs without --data.'}")
+
+
+@app.command("config", help="Print the resolved configuration as JSON.")
+def print_config(
+    recipe: RecipeOption,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Print what `run` with the same options would run; the output is a valid --config file."""
+    pipeline = resolve(recipe, data=data, file=config, settings=settings, seed=seed, workers=workers)
+    typer.echo(pipeline.model_dump_json(indent=1))
+
+
+def resolve(
+    recipe: str,
+    *,
+    data: str | None = None,
+    file: str | None = None,
+    settings: list[str] | None = None,
+    seed: int | None = None,
+    workers: int | None = None,
+) -> "Pipeline":
+    """Return the settings of a run: the recipe, then the file, then single settings, then the other options.
+
+    Raises:
+        ConfigError: if the recipe or a setting is unknown, or a value is wrong.
+    """
+    import json
+
+    from pipelines.recipes import find
+    from recray.config import override
+
+    options = {"ingest.data": data, "seed": seed, "resources.num_workers": workers}
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    pipeline = override(find(recipe).make(), file=file, settings=[*(settings or []), *given])
+    places = {"data": _absolute(pipeline.ingest.data), "items": _absolute(pipeline.ingest.items)}
+    return pipeline.model_copy(update={"ingest": pipeline.ingest.model_copy(update=places)})
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return a path that means the same in whatever folder Ray's workers run."""
+    if path is None or "://" in path:
+        return path
+    return str(Path(path).expanduser().resolve())
+
+
+def _check_places(pipeline: "Pipeline", *, needs_data: bool) -> None:
+    """Refuse paths that are not there: all that can be told without reading the data."""
+    import glob
+
+    if needs_data and pipeline.ingest.data is None:
+        raise ConfigError(f"recipe {pipeline.name!r} needs --data PATH: a file, folder, glob or URI of logs")
+    places = {"--data": pipeline.ingest.data, "ingest.items": pipeline.ingest.items}
+    for option, place in places.items():
+        if place is not None and "://" not in place and not Path(place).exists() and not glob.glob(place):
+            raise ConfigError(
+                f"{option} {place}: no such file or folder, and no file matches it as a pattern"
+            )
+    model = pipeline.sft.model.path
+    if model is not None and model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise ConfigError(f"sft.model.path {model}: no such folder")
+
+
+def _check_names(names: list[str]) -> frozenset[str]:
+    import difflib
+
+    for name in names:
+        if name not in STAGE_HELP:
+            near = difflib.get_close_matches(name, STAGE_HELP, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"--force {name!r}: no such stage; the nearest is {near!r}")
+    return frozenset(names)
+
+
+def _add_command(name: str, stages: tuple[str, ...] | None, summary: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipeOption,
+        workspace: WorkspaceOption,
+        data: DataOption = None,
+        config: ConfigOption = None,
+        settings: SetOption = None,
+        force: ForceOption = None,
+        seed: SeedOption = None,
+        workers: WorkersOption = None,
+    ) -> None:
+        from pipelines.recipes import find
+
+        pipeline = resolve(recipe, data=data, file=config, settings=settings, seed=seed, workers=workers)
+        _check_places(pipeline, needs_data=find(recipe).needs_data)
+        _run(pipeline, workspace, stages, _check_names(force or []))
+
+    return app.command(name, help=summary)(command)
+
+
+_add_command("run", None, "The whole job: every stage that is not up to date, then the report.")
+for _name, _summary in STAGE_HELP.items():
+    _add_command(_name, (_name,), _summary)
+
+
+def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str]) -> None:
+    from recray.stages.flow import MAIN_JOB, run_stages
+    from recray.workspace import Workspace
+
+    workspace = Workspace(uri)
+    workspace.claim(pipeline.name, pipeline.ingest.data)
+
+    from recray.stages.cluster import connect, log_lines
+
+    log_lines()
+    names = MAIN_JOB if stages is None else stages
+    with connect(pipeline.resources):
+        run_stages(pipeline, workspace, names, force=force)
+    if "report" in names:
+        _show_report(workspace)
+
+
+def _show_report(workspace: "Workspace") -> None:
+    if workspace.exists("report", "report.html"):
+        typer.echo(f"Report: {workspace.path('report', 'report.html')}")

@@ -1,0 +1,165 @@
+"""The Ray that a run stands on: the cluster that is there, or a local one for the time of the run.
+
+A stage never starts Ray. `recray` (or `python -m pipelines.run` as a Ray job) wraps the flow in `connect`.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import DataContext
+from ray.exceptions import RayTaskError
+from rich.logging import RichHandler
+
+from recray.config import Resources
+from recray.errors import ConfigError, RecrayError
+
+logger = logging.getLogger(__name__)
+
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# Read by the Hugging Face libraries of workers as by the driver's. Never the token: a runtime environment is public.
+HANDED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HOME")
+DATA_CPUS = (
+    1  # Ray Data feeds the trainer: without a CPU left over, workers would wait for their first row for ever
+)
+
+
+@contextmanager
+def connect(resources: Resources) -> Iterator[None]:
+    """Hold a connection to Ray: to a running cluster where there is one, else to a local Ray that stops afterwards.
+
+    A cluster is RAY_ADDRESS (which Ray sets inside a submitted job) or the one that `ray start` left a note of.
+    Token authentication stays as Ray sets it up: on, also for a local Ray.
+
+    Raises:
+        ConfigError: if no cluster answers at RAY_ADDRESS, or a local Ray is too small for `resources`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    cluster = running_cluster()
+    environment = worker_environment(resources)
+    for name, value in {**environment, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _start(cluster, environment)
+    try:
+        DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+        _check_size(resources, cluster, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def running_cluster() -> str | None:
+    """Return the address (or the place of the note) of the cluster to attach to, None if a local Ray is wanted."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        return address
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return note.read_text().strip() if note.is_file() else None
+
+
+def worker_environment(resources: Resources) -> dict[str, str]:
+    """Return the environment variables that every worker process needs, those of a submitted job left out.
+
+    A job's own runtime environment wins: Ray refuses the same variable from both.
+    """
+    environment = {
+        "OMP_NUM_THREADS": str(resources.threads_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    if resources.gpus_per_worker == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    environment |= {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    taken = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in environment.items() if name not in taken}
+
+
+def log_lines() -> None:
+    """Show recray's log: coloured on a terminal, plain lines elsewhere. Also runs at the start of every worker."""
+    package = logging.getLogger("recray")
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    if sys.stderr.isatty():
+        package.handlers = [RichHandler(show_path=False, log_time_format="%X", rich_tracebacks=False)]
+        return
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter(LINE))
+    package.handlers = [lines]
+
+
+def own_error(error: BaseException) -> RecrayError | None:
+    """Return the `RecrayError` at the bottom of what Ray wrapped around it, or None if there is none.
+
+    Ray Data and Ray Train hand a worker's error on as the cause of their own, or as one failure a rank.
+    """
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        # Ray's own wrapper is an instance of what it wraps, but its text is the worker's traceback.
+        if isinstance(current, RecrayError) and not isinstance(current, RayTaskError):
+            return current
+        seen.append(current)
+        failures = getattr(current, "worker_failures", None)
+        inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
+        inner += list(failures.values()) if isinstance(failures, dict) else []
+        waiting += [each for each in inner if isinstance(each, BaseException) and each not in seen]
+    return None
+
+
+def _start(cluster: str | None, environment: dict[str, str]) -> None:
+    settings: dict[str, Any] = {
+        "runtime_env": {
+            "env_vars": environment,
+            "worker_process_setup_hook": f"{log_lines.__module__}.{log_lines.__name__}",
+        },
+        "logging_level": "WARNING",
+    }
+    if cluster is None:
+        settings |= {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**settings)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {cluster}: {error}; unset RAY_ADDRESS (or run `ray stop`) to work on a "
+            "local Ray, or start the cluster"
+        ) from error
+    cpus = ray.cluster_resources().get("CPU", 0)
+    logger.info("Ray: %s, %g CPUs", "started here" if cluster is None else f"cluster at {cluster}", cpus)
+
+
+def _check_size(resources: Resources, cluster: str | None, available: dict[str, float]) -> None:
+    """Refuse a local Ray that can never place the workers; warn on a cluster, which may still grow."""
+    cpus = resources.num_workers * resources.cpus_per_worker + DATA_CPUS
+    gpus = resources.num_workers * resources.gpus_per_worker
+    lacking = [
+        f"{wanted:g} {kind}s are needed ({resources.num_workers} workers x {each:g}{extra}), {have:g} are there"
+        for kind, wanted, each, extra, have in (
+            (
+                "CPU",
+                cpus,
+                resources.cpus_per_worker,
+                f", {DATA_CPUS} to feed them",
+                available.get("CPU", 0.0),
+            ),
+            ("GPU", gpus, resources.gpus_per_worker, "", available.get("GPU", 0.0)),
+        )
+        if wanted > have
+    ]
+    if not lacking:
+        return
+    message = f"{'; '.join(lacking)}; lower resources.num_workers, cpus_per_worker or gpus_per_worker"
+    if cluster is None:
+        raise ConfigError(message)
+    logger.warning("%s, or wait for the cluster at %s to grow", message, cluster)
