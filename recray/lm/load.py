@@ -1,0 +1,266 @@
+"""Language models in and out of folders: made small from a shape, loaded from Hugging Face, saved with their prompt.
+
+A folder holds `model.safetensors`, `config.json`, the tokenizer's files and `recray_prompt.json`, which says how the
+model's prompts are written. Only safetensors are read: a pickle can run code.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recray.data.catalogue import Catalogue
+from recray.data.prompts import find_template
+from recray.errors import CatalogueError, ConfigError, ModelError
+
+PROMPT_FILE = "recray_prompt.json"
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    intermediate_size: int,
+    max_positions: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """Return a Llama of this shape with random weights, the same for the same seed.
+
+    Input and output embeddings are one matrix with a row a token of `tokenizer`. The caller's random state is left as
+    it was.
+
+    Raises:
+        ModelError: if the heads do not divide `hidden_size` into even parts.
+    """
+    if hidden_size % (2 * heads):
+        raise ModelError(
+            f"hidden_size {hidden_size} can't be cut into {heads} heads of an even size; use a multiple of {2 * heads}"
+        )
+    config = LlamaConfig(
+        vocab_size=_rows_needed(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=attention,
+        dtype=dtype,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def load_model(
+    folder_or_id: str | Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attention: str = "sdpa",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of a local Hugging Face folder or a hub id.
+
+    A tokenizer without a padding token pads with its end token; no row is added to the model for it.
+
+    Args:
+        folder_or_id: A `Path`, or text that names an existing folder or looks like a path, is a folder; other text is a
+            hub id.
+        dtype: Of the weights in memory.
+        trust_remote_code: Whether code that comes with the model may run.
+        attention: transformers' `attn_implementation`.
+
+    Raises:
+        ModelError: saying what to do, if anything is missing or broken, or if model and tokenizer do not fit.
+    """
+    source = _source(folder_or_id)
+    tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code)
+    model = _load_weights(source, dtype=dtype, trust_remote_code=trust_remote_code, attention=attention)
+    rows = model.get_input_embeddings().num_embeddings
+    if _rows_needed(tokenizer) > rows:
+        raise ModelError(
+            f"{source}: the tokenizer has {_rows_needed(tokenizer)} tokens, but the model has embeddings for {rows}; "
+            f"use the tokenizer that came with the model, or resize the model's embeddings and save it again"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Mapping[str, Any],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write weights (safetensors), tokenizer and prompt to `folder`, the prompt last.
+
+    Args:
+        folder: Made if need be.
+        model: Gives the configuration, and the weights unless `weights` does.
+        tokenizer: The one that `prompt` was made with.
+        prompt: `Catalogue.facts()`.
+        weights: By parameter name; for models whose own parameters lie in shards elsewhere.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+    tokenizer.save_pretrained(folder)
+    (folder / PROMPT_FILE).write_text(json.dumps(dict(prompt), indent=1, sort_keys=True), encoding="utf-8")
+
+
+def load_prompt(folder: Path) -> dict[str, Any]:
+    """Return what `save_model` was told of the model's prompts.
+
+    Raises:
+        ModelError: if the folder has no such file, or it is not what recray wrote.
+    """
+    path = folder / PROMPT_FILE
+    try:
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} has no {PROMPT_FILE}, so it is not a model that recray trained; run `recray sft` from it first"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); the folder is damaged, make it again") from None
+    missing = {"template", "version", "max_tokens", "fingerprint"} - set(
+        prompt if isinstance(prompt, dict) else ()
+    )
+    if missing:
+        raise ModelError(f"{path} lacks {', '.join(sorted(missing))}; the folder is damaged, make it again")
+    found: dict[str, Any] = prompt
+    return found
+
+
+def open_recommender(
+    folder: Path,
+    labels: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> tuple[PreTrainedModel, Catalogue]:
+    """Return a model that recray trained, and the catalogue as it was tokenised for it.
+
+    Args:
+        folder: Written by `save_model`.
+        labels: The items' labels in item order, as in training.
+        dtype: Of the weights in memory.
+        attention: transformers' `attn_implementation`.
+
+    Raises:
+        ModelError: if the folder can't be loaded.
+        CatalogueError: with both fingerprints, if these labels, this tokenizer or this version's prompts are not those
+            the model was trained with.
+    """
+    prompt = load_prompt(folder)
+    model, tokenizer = load_model(folder, dtype=dtype, attention=attention)
+    try:
+        template = find_template(prompt["template"])
+    except ConfigError as error:
+        raise CatalogueError(
+            f"{folder} was trained with a template that this recray lacks: {error}"
+        ) from None
+    catalogue = Catalogue.build(labels, tokenizer, template, prompt["max_tokens"])
+    if catalogue.fingerprint != prompt["fingerprint"]:
+        raise CatalogueError(
+            f"{folder} was trained with catalogue {prompt['fingerprint']} (template {prompt['template']} version "
+            f"{prompt['version']}), but these {len(labels)} items with template version {template.version} are "
+            f"{catalogue.fingerprint}; use the items it was trained with, or train it again"
+        )
+    return model, catalogue
+
+
+def _source(folder_or_id: str | Path) -> str:
+    """Return the local folder, checked, or the hub id."""
+    text = os.path.expanduser(folder_or_id)
+    looks_local = isinstance(folder_or_id, Path) or text.startswith((".", "/")) or text.count("/") > 1
+    folder = Path(text)
+    if not looks_local and not folder.exists():
+        return text
+    if not folder.is_dir():
+        raise ModelError(
+            f"no model folder {folder}; name a folder with config.json, or a hub id like OWNER/NAME"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    return str(folder)
+
+
+def _load_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # transformers and tokenizers raise whatever a broken file leads to, the bare Exception too.
+        raise ModelError(
+            f"{source}: the tokenizer can't be loaded ({_first_line(error)}); the folder needs tokenizer.json and "
+            f"tokenizer_config.json as saved by transformers"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{source}: the tokenizer has no end-of-sequence token, so no item can end; set its eos_token and save it"
+        )
+    return tokenizer
+
+
+def _load_weights(
+    source: str, *, dtype: torch.dtype, trust_remote_code: bool, attention: str
+) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"{source}: the model can't be loaded ({_first_line(error)}); expected a causal language model as saved by "
+            f"transformers, weights as safetensors"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{source}: {len(missing)} weights of the model are not in the folder, {missing[0]} for one, and would be "
+            f"random; use a folder with the weights of a whole causal language model"
+        )
+    return model
+
+
+def _rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the embedding rows that every token of `tokenizer` needs; ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
