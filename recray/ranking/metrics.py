@@ -44,9 +44,10 @@ def ranks(scores: NDArray[Any], target_column: NDArray[Any], valid: NDArray[np.b
     rows = np.arange(len(scores))
     _refuse(~valid[rows, target_column], "its target is not a valid candidate")
     _refuse((np.isnan(scores) & valid).any(axis=1), "a score is NaN")
-    beaten_by = valid & (scores >= scores[rows, target_column][:, None])
+    beaten_by: NDArray[np.bool_] = valid & (scores >= scores[rows, target_column][:, None])
     # The target ties with itself, which is the 1 that ranks start from.
-    return beaten_by.sum(axis=1, dtype=np.int64)
+    count: Ints = beaten_by.sum(axis=1, dtype=np.int64)
+    return count
 
 
 def hit_rate(ranks: NDArray[Any], k: int) -> Floats:

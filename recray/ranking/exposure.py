@@ -1,0 +1,62 @@
+"""What a model shows to people: how popular it is, and how much of the catalogue it reaches.
+
+Axes: R rows, K recommended items a row, best first; -1 where a row has fewer.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Shares of the catalogue, by falling popularity, and what the groups between them are called.
+GROUP_BORDERS = (0.01, 0.05, 0.20, 0.50)
+GROUP_NAMES = ("top 1 %", "1–5 %", "5–20 %", "20–50 %", "rest")
+
+
+def average_popularity(recommended: NDArray[Any], popularity: NDArray[Any], k: int) -> Floats:
+    """Return the mean popularity of the first `k` recommended items of every row; [R].
+
+    Args:
+        recommended: [R, K] items.
+        popularity: [I] of every item: its training interactions.
+        k: how many count; rows with fewer give the mean of those there are.
+
+    Raises:
+        ValueError: if a row recommends nothing.
+    """
+    first = np.asarray(recommended)[:, :k]
+    there = first >= 0
+    if not there.any(axis=1).all():
+        raise ValueError(f"row {int(np.flatnonzero(~there.any(axis=1))[0])} recommends nothing")
+    values = np.where(there, np.asarray(popularity, dtype=np.float64)[first], 0.0)
+    mean: Floats = values.sum(axis=1) / there.sum(axis=1)
+    return mean
+
+
+def coverage(recommended: NDArray[Any], num_items: int, k: int) -> float:
+    """Return the distinct items among the first `k` of all rows, as a share of the catalogue."""
+    first = np.asarray(recommended)[:, :k]
+    return len(np.unique(first[first >= 0])) / num_items
+
+
+def popularity_groups(popularity: NDArray[Any]) -> Ints:
+    """Return the group of every item, 0 for the most popular; [I].
+
+    Items are sorted by falling popularity (equal ones by number) and cut at `GROUP_BORDERS` of the catalogue,
+    each group rounded up, so that the first holds an item even in a small catalogue.
+    """
+    popularity = np.asarray(popularity)
+    borders = np.ceil(np.array(GROUP_BORDERS) * len(popularity))
+    place = np.empty(len(popularity), dtype=np.int64)
+    place[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
+    return np.searchsorted(borders, place, side="right").astype(np.int64)
+
+
+def group_shares(items: NDArray[Any], groups: Ints) -> Floats:
+    """Return the share of `items` (repeats count, -1 does not) in every popularity group; [groups]."""
+    items = np.asarray(items).ravel()
+    count = np.bincount(groups[items[items >= 0]], minlength=len(GROUP_NAMES)).astype(np.float64)
+    return count / max(1.0, float(count.sum()))

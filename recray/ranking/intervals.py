@@ -1,0 +1,77 @@
+"""Intervals of means whose rows are not independent: the bootstrap that resamples users, not rows.
+
+Axes: R rows, M measures, U users, S resamples.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_WEIGHTS_AT_ONCE = 4_000_000  # resampling weights held in memory at a time: 32 MB
+
+
+class Intervals(NamedTuple):
+    """Means with their percentile intervals; bounds are NaN where fewer than two users leave them unknown."""
+
+    value: Floats  # [M]
+    low: Floats  # [M]
+    high: Floats  # [M]
+
+
+def clustered_means(
+    values: NDArray[Any], users: NDArray[Any], *, samples: int, confidence: float, seed: int
+) -> Intervals:
+    r"""Return the mean over rows of every measure, with its user-clustered percentile interval.
+
+    A resample draws U users with replacement, each with all of its rows, and takes
+
+        mean_s = sum_u w_su * sum(values of u) / sum_u w_su * (rows of u),   w_s ~ Multinomial(U, 1/U)
+
+    The weights depend on the seed and the number of users only, so measures and models that are given the
+    same users and seed see the same resamples. For two models on the same rows, pass the difference of their
+    values: the interval is then that of the pair, which is what a comparison needs.
+
+    Args:
+        values: [R, M] or [R].
+        users: [R], any labels that can be sorted.
+        samples: S, resamples.
+        confidence: mass of the interval, in (0, 1).
+        seed: of the resampling.
+
+    Raises:
+        ValueError: if there are no rows, or values and users disagree in length.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    if len(values) == 0 or len(values) != len(users):
+        raise ValueError(
+            f"expected as many users as rows and at least one, got {len(values)} and {len(users)}"
+        )
+    _, codes = np.unique(np.asarray(users), return_inverse=True)
+    rows_of_user: Floats = np.bincount(codes).astype(np.float64)
+    sums: Floats = np.stack([np.bincount(codes, weights=column) for column in values.T], axis=1)
+    mean = sums.sum(axis=0) / rows_of_user.sum()
+    if len(rows_of_user) < 2:
+        unknown = np.full_like(mean, np.nan)
+        return Intervals(mean, unknown, unknown)
+    means = _resampled_means(sums, rows_of_user, samples=samples, seed=seed)
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
+    return Intervals(mean, low, high)
+
+
+def _resampled_means(sums: Floats, rows_of_user: Floats, *, samples: int, seed: int) -> Floats:
+    """Return [S, M] means of resampled users."""
+    generator = np.random.default_rng(seed)
+    users = len(rows_of_user)
+    chance = np.full(users, 1.0 / users)
+    chunk = max(1, _WEIGHTS_AT_ONCE // users)
+    means = np.empty((samples, sums.shape[1]))
+    for start in range(0, samples, chunk):
+        stop = min(start + chunk, samples)
+        weights = generator.multinomial(users, chance, size=stop - start).astype(np.float64)
+        means[start:stop] = (weights @ sums) / (weights @ rows_of_user)[:, None]
+    return means
