@@ -9,6 +9,7 @@ Axes:
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,20 +51,25 @@ class Pieces:
 
 
 class Catalogue:
-    """The items as tokens under one tokenizer and template; holds arrays only, so it pickles fast.
+    """The items as tokens under one tokenizer and template; holds no tokenizer, so it pickles fast.
 
     No item's tokens are the beginning of another's: each holds the end token once, at its end.
 
     Attributes:
-        num_items: Items, numbered from 0 in the order of the labels.
-        streams: Every item of a history is a target in one pass: a prompt is a start token and then the items.
-        pad, bos, end: Token ids. `pad` may equal `end` in models that were made without one: mask by length, never by
-            id. `bos` is what a text starts with: the end token where the tokenizer has no other.
+        labels: One unique text an item, in item order.
+        num_items: Items, numbered from 0.
+        streams: Every item of a history is a target in one pass: a prompt is a start token and then the
+            items.
+        pad, bos, end: Token ids. `pad` may equal `end` in models that were made without one: mask by length,
+            never by id. `bos` is what a text starts with: the end token where the tokenizer has no other.
         item_lengths: [num_items] tokens of each item, end token included.
-        fingerprint: 16 hex digits; changes with the labels, their tokens, the template and the longest prompt.
+        fingerprint: 16 hex digits; changes with labels, their tokens, template and longest prompt.
     """
 
-    def __init__(self, template: Template, max_prompt_tokens: int, pieces: dict[str, Any]) -> None:
+    def __init__(
+        self, labels: Sequence[str], template: Template, max_prompt_tokens: int, pieces: dict[str, Any]
+    ) -> None:
+        self.labels = tuple(labels)
         self.template = template
         self.max_prompt_tokens = max_prompt_tokens
         self.streams = template.streams
@@ -75,7 +81,7 @@ class Catalogue:
         )
         self.num_items = len(self._items.lengths)
         self.item_lengths: Int[ndarray, " n"] = self._items.lengths
-        self.fingerprint = self._print(pieces["labels_print"])
+        self.fingerprint = self._print()
 
     @classmethod
     def build(
@@ -94,13 +100,13 @@ class Catalogue:
             max_prompt_tokens: Longest prompt, in tokens; the oldest items of a history go first.
 
         Raises:
-            CatalogueError: if an item is empty, has the tokens of another or holds the end token; if the template's
-                own text leaves no room; if the tokenizer does not fit the template.
+            CatalogueError: if an item is empty, has the tokens of another or holds the end token; if the
+                template's own text leaves no room; if the tokenizer does not fit the template.
         """
         frame = prompts.frame(template, tokenizer)
         pieces = _encoded(frame, labels, tokenizer)
         _check_items(pieces["items"], labels, pieces["end"])
-        catalogue = cls(template, max_prompt_tokens, pieces)
+        catalogue = cls(labels, template, max_prompt_tokens, pieces)
         catalogue._room(0)
         return catalogue
 
@@ -176,53 +182,48 @@ class Catalogue:
         room = self.max_prompt_tokens - self._frame_tokens - candidate_tokens
         if room < 0:
             raise CatalogueError(
-                f"prompt template {self.template.name!r} needs {self._frame_tokens} tokens for its own text and "
-                f"{candidate_tokens} for the candidates, more than the {self.max_prompt_tokens} of a prompt; raise "
-                f"sft.prompt.max_tokens"
+                f"prompt template {self.template.name!r} needs {self._frame_tokens} tokens for its own text "
+                f"and {candidate_tokens} for the candidates, more than the {self.max_prompt_tokens} of a "
+                f"prompt; raise sft.prompt.max_tokens"
             )
         return room
 
-    def _print(self, labels_print: str) -> str:
-        whole = hashlib.sha256(labels_print.encode())
-        facts = (self.template, self.max_prompt_tokens, self.pad, self.bos, self.end)
-        whole.update(repr(facts).encode())
+    def _print(self) -> str:
+        template, ids = self.template, [self.pad, self.bos, self.end]
+        facts = [template.name, template.version, self.max_prompt_tokens, ids, self.labels]
+        whole = hashlib.sha256(json.dumps(facts).encode())
         for pieces in (self._items, self._lines):
-            whole.update(pieces.lengths.tobytes() + pieces.flat.tobytes())
+            whole.update(pieces.lengths.tobytes())
+            whole.update(pieces.flat.tobytes())
         for part in (self._opening, self._between, self._cue):
             whole.update(len(part).to_bytes(8, "little") + part.tobytes())
         return whole.hexdigest()[:16]
 
 
-def check_boundaries(
-    catalogue: Catalogue, labels: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
-) -> None:
+def check_boundaries(catalogue: Catalogue, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Check for every item that its pieces, put together, are the tokens of the text put together.
 
     Each item is written after a prompt whose history ends in two other items and itself, and shown among the
-    candidates where there are any: encode(prompt) + encode(item) = encode(prompt + item). Items whose label spells a
-    special token of the tokenizer are left out: they are read as plain text, which no text says.
+    candidates where there are any: encode(prompt) + encode(item) = encode(prompt + item). Items whose label
+    spells a special token of the tokenizer are left out: they are read as plain text, which no text says.
 
     Raises:
         CatalogueError: naming the first item that fails, with both tokenisations.
     """
     frame = prompts.frame(catalogue.template, tokenizer)
-    items = np.flatnonzero(~np.array(holds_special(tokenizer, labels), dtype=bool))
+    items = np.flatnonzero(~np.array(holds_special(tokenizer, catalogue.labels), dtype=bool))
     # Neighbours from all over the catalogue; a permutation, so each item also comes first in a history.
     others = np.random.default_rng(0).permutation(items)
     for start in range(0, len(items), _CHECKED_AT_ONCE):
         chunk = slice(start, start + _CHECKED_AT_ONCE)
-        _check_chunk(catalogue, frame, labels, tokenizer, np.stack([items[chunk], others[chunk]], axis=1))
+        _check_chunk(catalogue, frame, tokenizer, np.stack([items[chunk], others[chunk]], axis=1))
 
 
 def _check_chunk(
-    catalogue: Catalogue,
-    frame: Frame,
-    labels: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    pairs: Int[ndarray, "n 2"],
+    catalogue: Catalogue, frame: Frame, tokenizer: "PreTrainedTokenizerBase", pairs: Int[ndarray, "n 2"]
 ) -> None:
     """Check items against their neighbours: [n, 2] (item, other item)."""
-    texts = []
+    texts, labels = [], catalogue.labels
     for item, other in pairs.tolist():
         prompt = frame.prompt_text([labels[other], labels[item]], [labels[item], labels[other]])
         texts.append(prompt + frame.item_text(labels[item]) + frame.end)
@@ -240,8 +241,10 @@ def _encoded(frame: Frame, labels: Sequence[str], tokenizer: "PreTrainedTokenize
     for item, label in enumerate(labels):
         if not frame.label(label):
             raise CatalogueError(
-                f"item {item} has an empty title ({label!r}), so nothing could name it; give it one"
+                f"item {item} has an empty title ({label!r}), so nothing names it; give it one"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in label):
+            raise CatalogueError(f"item {item} {label!r}: the title is not valid Unicode; mend its encoding")
     end = tokenizer.eos_token_id
     (opening,) = encode(tokenizer, [frame.opening], special_text=True)
     # What stands before a piece: a line of a list before a line and the cue, the cue before an item.
@@ -260,7 +263,6 @@ def _encoded(frame: Frame, labels: Sequence[str], tokenizer: "PreTrainedTokenize
         "cue": _encode_one(tokenizer, frame.cue) if frame.cue else [],
         "lines": lines,
         "items": items,
-        "labels_print": _labels_print(labels),
     }
 
 
@@ -291,14 +293,7 @@ def _check_items(items: Pieces, labels: Sequence[str], end: int) -> None:
         first = seen.setdefault(tokens.tobytes(), item)
         if first != item:
             raise CatalogueError(
-                f"items {first} {labels[first]!r} and {item} {label!r} have the same tokens {tokens.tolist()}, so no "
-                f"model could tell them apart; give one another title, or use a tokenizer that knows all their letters"
+                f"items {first} {labels[first]!r} and {item} {label!r} have the same tokens "
+                f"{tokens.tolist()}, so no model could tell them apart; give one another title, or use a "
+                f"tokenizer that knows all their letters"
             )
-
-
-def _labels_print(labels: Sequence[str]) -> str:
-    whole = hashlib.sha256()
-    for label in labels:
-        written = label.encode("utf-8", "surrogatepass")
-        whole.update(len(written).to_bytes(8, "little") + written)
-    return whole.hexdigest()

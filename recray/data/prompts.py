@@ -1,9 +1,10 @@
 """How a history becomes text: prompts as versioned data, written in pieces.
 
-A prompt is `opening`, one line an item of the history, then, where the template shows candidates, `between` and one
-line a candidate, then `cue`; the item follows. Whatever separates an item from the cue belongs to the item, and a
-line starts with a character that no tokenizer glues to the line feed before it. So each piece can be encoded once
-for the whole catalogue and a prompt is a concatenation (`recray.data.catalogue`, which also checks it).
+A prompt is `opening`, one line an item of the history, then, where the template shows candidates, `between`
+and one line a candidate, then `cue`; the item follows. Whatever separates an item from the cue belongs to the
+item, and a line starts with a character that no tokenizer glues to the line feed before it. So each piece can
+be encoded once for the whole catalogue and a prompt is a concatenation (`recray.data.catalogue`, which also
+checks it).
 """
 
 import difflib
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recray.data.tokenizer import special_tokens
 from recray.errors import CatalogueError, ConfigError
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def frame(template: Template, tokenizer: "PreTrainedTokenizerBase") -> Frame:
     end = tokenizer.eos_token
     if end is None:
         raise CatalogueError(
-            "the tokenizer has no end-of-sequence token, so no item can end; set its eos_token and save it again"
+            "the tokenizer has no end-of-sequence token, so no item can end; set its eos_token, save it again"
         )
     if template.streams:
         # A model without a bos token (GPT-2, Qwen) has seen its end token before every text instead.
@@ -120,7 +122,7 @@ def frame(template: Template, tokenizer: "PreTrainedTokenizerBase") -> Frame:
         opening, between, cue = _chat(template, tokenizer)
     else:
         opening = (tokenizer.bos_token or "") + opening
-    glued = cue[-1].isspace() or cue.endswith(tuple(tokenizer.all_special_tokens))
+    glued = cue[-1].isspace() or cue.endswith(special_tokens(tokenizer))
     before = "" if glued else " "
     return Frame(opening, ("- ", "\n"), between, cue, before, end, line_ends=False, streams=False)
 
@@ -139,8 +141,8 @@ def _chat(template: Template, tokenizer: "PreTrainedTokenizerBase") -> tuple[str
     """Return opening, between and cue with the marks of the tokenizer's chat template around them."""
     if not tokenizer.chat_template:
         raise CatalogueError(
-            f"prompt template {template.name!r} needs a tokenizer with a chat template, and this one has none; "
-            f"use {template.name.replace('chat', 'instruction')!r}, or an instruction-tuned model"
+            f"prompt template {template.name!r} needs a tokenizer with a chat template, and this one has "
+            f"none; use {template.name.replace('chat', 'instruction')!r}, or an instruction-tuned model"
         )
     content = template.opening + _HISTORY
     if template.between is not None:
@@ -155,8 +157,8 @@ def _chat(template: Template, tokenizer: "PreTrainedTokenizerBase") -> tuple[str
     marks = [_HISTORY] if template.between is None else [_HISTORY, _CANDIDATES]
     if any(text.count(mark) != 1 for mark in marks):
         raise CatalogueError(
-            f"the tokenizer's chat template does not write the user's message once and as it is; got {text!r}; use "
-            f"{template.name.replace('chat', 'instruction')!r}"
+            f"the tokenizer's chat template does not write the user's message once and as it is; got "
+            f"{text!r}; use {template.name.replace('chat', 'instruction')!r}"
         )
     opening, rest = text.split(_HISTORY)
     if template.between is None:

@@ -1,4 +1,4 @@
-"""Tokenizers: one trained on the catalogue for models made from scratch, and encoding that keeps pieces apart."""
+"""Tokenizers: one trained on the catalogue for models made from scratch; encoding that keeps pieces apart."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -15,8 +15,8 @@ SMALLEST_VOCABULARY = 256 + 3  # every byte, so that no title is unknown, and th
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "PreTrainedTokenizerFast":
     """Return a byte-level BPE tokenizer of at most `vocabulary` tokens, trained on `texts`.
 
-    The same texts give the same tokenizer, in whatever order they come. Any text can be written and read back. Few
-    texts support few merges: the vocabulary may be smaller than asked for.
+    The same texts give the same tokenizer, in whatever order they come. Any text can be written and read
+    back. Few texts support few merges: the vocabulary may be smaller than asked for.
 
     Raises:
         CatalogueError: if `vocabulary` has no room for the bytes and the special tokens.
@@ -55,8 +55,8 @@ def encode(
     """Return the tokens of each text, none added.
 
     Args:
-        special_text: True: the text of a special token stands for that token. False: it is text like any other, which
-            is how titles are read, or a title could end itself.
+        special_text: True: the text of a special token stands for that token. False: it is text like any
+            other, which is how titles are read, or a title could end itself.
     """
     if not texts:
         return []
@@ -75,11 +75,12 @@ def encode(
 def encode_after(tokenizer: "PreTrainedTokenizerBase", anchor: str, texts: Sequence[str]) -> list[list[int]]:
     """Return the tokens that each text adds after `anchor`, in which special tokens are read as such.
 
-    Encoding behind what really stands there gives sentence-piece tokenizers, which put a space before a text on its
-    own, no occasion to do so.
+    Encoding behind what really stands there gives sentence-piece tokenizers, which put a space before a text
+    on its own, no occasion to do so.
 
     Raises:
-        CatalogueError: naming the text and both tokenisations, if the tokens of `anchor` change with what follows.
+        CatalogueError: naming the text and both tokenisations, if the tokens of `anchor` change with what
+        follows.
     """
     special = holds_special(tokenizer, texts)
     after: list[list[int]] = [[] for _ in texts]
@@ -98,8 +99,14 @@ def encode_after(tokenizer: "PreTrainedTokenizerBase", anchor: str, texts: Seque
 
 def holds_special(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[bool]:
     """Return for each text whether it spells one of the tokenizer's special tokens."""
-    special = tokenizer.all_special_tokens
+    special = special_tokens(tokenizer)
     return [any(token in text for token in special) for text in texts]
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """Return the text of every special token, those without a role (reserved, say) included."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens)))
 
 
 def boundary_error(
@@ -110,13 +117,13 @@ def boundary_error(
     start = max(0, same - 3)
     shown = [tokenizer.convert_ids_to_tokens(list(ids[start : same + 8])) for ids in (apart, together)]
     return CatalogueError(
-        f"{what}: encoded apart, the tokens go on {shown[0]}, but encoded together {shown[1]}; this tokenizer "
-        f"merges across the boundary, so scores of prompt and item would not be those of the text; use another "
+        f"{what}: encoded apart, the tokens go on {shown[0]}, but encoded together {shown[1]}; this "
+        f"tokenizer merges across the boundary, so the scores would not be those of the text; use another "
         f"prompt template or tokenizer"
     )
 
 
 def _plain_tail(tokenizer: "PreTrainedTokenizerBase", anchor: str) -> str:
     """Return what follows the last special token in `anchor`."""
-    ends = [anchor.rfind(token) + len(token) for token in tokenizer.all_special_tokens if token in anchor]
+    ends = [anchor.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in anchor]
     return anchor[max(ends, default=0) :]

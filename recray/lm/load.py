@@ -1,7 +1,8 @@
-"""Language models in and out of folders: made small from a shape, loaded from Hugging Face, saved with their prompt.
+"""Language models in and out of folders: made small from a shape, loaded, saved with their prompt.
 
-A folder holds `model.safetensors`, `config.json`, the tokenizer's files and `recray_prompt.json`, which says how the
-model's prompts are written. Only safetensors are read: a pickle can run code.
+A recommender's folder is a Hugging Face folder (`model.safetensors`, `config.json`, the tokenizer's files)
+and `recray_items.json`, the labels of the items in item order, and `recray_prompt.json`, which says how
+prompts are written. Only safetensors are read: a pickle can run code.
 """
 
 import json
@@ -28,6 +29,7 @@ from recray.data.prompts import find_template
 from recray.errors import CatalogueError, ConfigError, ModelError
 
 PROMPT_FILE = "recray_prompt.json"
+ITEMS_FILE = "recray_items.json"
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -47,15 +49,16 @@ def make_model(
 ) -> PreTrainedModel:
     """Return a Llama of this shape with random weights, the same for the same seed.
 
-    Input and output embeddings are one matrix with a row a token of `tokenizer`. The caller's random state is left as
-    it was.
+    Input and output embeddings are one matrix with a row a token of `tokenizer`. The caller's random state is
+    left as it was.
 
     Raises:
         ModelError: if the heads do not divide `hidden_size` into even parts.
     """
     if hidden_size % (2 * heads):
         raise ModelError(
-            f"hidden_size {hidden_size} can't be cut into {heads} heads of an even size; use a multiple of {2 * heads}"
+            f"hidden_size {hidden_size} can't be cut into {heads} heads of an even size; use a multiple of "
+            f"{2 * heads}"
         )
     config = LlamaConfig(
         vocab_size=_rows_needed(tokenizer),
@@ -89,8 +92,8 @@ def load_model(
     A tokenizer without a padding token pads with its end token; no row is added to the model for it.
 
     Args:
-        folder_or_id: A `Path`, or text that names an existing folder or looks like a path, is a folder; other text is a
-            hub id.
+        folder_or_id: A `Path`, or text that names an existing folder or looks like a path, is a folder; other
+            text is a hub id.
         dtype: Of the weights in memory.
         trust_remote_code: Whether code that comes with the model may run.
         attention: transformers' `attn_implementation`.
@@ -99,16 +102,14 @@ def load_model(
         ModelError: saying what to do, if anything is missing or broken, or if model and tokenizer do not fit.
     """
     source = _source(folder_or_id)
-    tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model = _load_weights(source, dtype=dtype, trust_remote_code=trust_remote_code, attention=attention)
     rows = model.get_input_embeddings().num_embeddings
     if _rows_needed(tokenizer) > rows:
         raise ModelError(
-            f"{source}: the tokenizer has {_rows_needed(tokenizer)} tokens, but the model has embeddings for {rows}; "
-            f"use the tokenizer that came with the model, or resize the model's embeddings and save it again"
+            f"{source}: the tokenizer has {_rows_needed(tokenizer)} tokens, but the model has embeddings for "
+            f"{rows}; use the tokenizer that came with the model, or resize the embeddings and save it again"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
@@ -117,52 +118,42 @@ def save_model(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Mapping[str, Any],
+    catalogue: Catalogue,
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights (safetensors), tokenizer and prompt to `folder`, the prompt last.
+    """Write weights (safetensors), tokenizer, items and prompt to `folder`, the prompt last.
 
     Args:
         folder: Made if need be.
         model: Gives the configuration, and the weights unless `weights` does.
-        tokenizer: The one that `prompt` was made with.
-        prompt: `Catalogue.facts()`.
+        tokenizer: The one that `catalogue` was made with.
+        catalogue: The items and their prompts, as in training.
         weights: By parameter name; for models whose own parameters lie in shards elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     tokenizer.save_pretrained(folder)
-    (folder / PROMPT_FILE).write_text(json.dumps(dict(prompt), indent=1, sort_keys=True), encoding="utf-8")
+    for name, value in ((ITEMS_FILE, list(catalogue.labels)), (PROMPT_FILE, catalogue.facts())):
+        (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_prompt(folder: Path) -> dict[str, Any]:
-    """Return what `save_model` was told of the model's prompts.
+    """Return what `Catalogue.facts` said of the model's prompts when it was saved.
 
     Raises:
         ModelError: if the folder has no such file, or it is not what recray wrote.
     """
-    path = folder / PROMPT_FILE
-    try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{folder} has no {PROMPT_FILE}, so it is not a model that recray trained; run `recray sft` from it first"
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); the folder is damaged, make it again") from None
-    missing = {"template", "version", "max_tokens", "fingerprint"} - set(
-        prompt if isinstance(prompt, dict) else ()
-    )
+    prompt: dict[str, Any] = _read_json(folder / PROMPT_FILE, dict)
+    missing = {"template", "version", "max_tokens", "fingerprint"} - set(prompt)
     if missing:
-        raise ModelError(f"{path} lacks {', '.join(sorted(missing))}; the folder is damaged, make it again")
-    found: dict[str, Any] = prompt
-    return found
+        raise ModelError(f"{folder / PROMPT_FILE} lacks {', '.join(sorted(missing))}; make the folder again")
+    return prompt
 
 
 def open_recommender(
     folder: Path,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
@@ -171,16 +162,17 @@ def open_recommender(
 
     Args:
         folder: Written by `save_model`.
-        labels: The items' labels in item order, as in training.
+        labels: The items' labels in item order, to be held against those of training. None: the latter.
         dtype: Of the weights in memory.
         attention: transformers' `attn_implementation`.
 
     Raises:
         ModelError: if the folder can't be loaded.
-        CatalogueError: with both fingerprints, if these labels, this tokenizer or this version's prompts are not those
-            the model was trained with.
+        CatalogueError: with both fingerprints, if these labels, the tokenizer or this version's prompts are
+            not those the model was trained with.
     """
     prompt = load_prompt(folder)
+    items = _read_json(folder / ITEMS_FILE, list) if labels is None else labels
     model, tokenizer = load_model(folder, dtype=dtype, attention=attention)
     try:
         template = find_template(prompt["template"])
@@ -188,14 +180,53 @@ def open_recommender(
         raise CatalogueError(
             f"{folder} was trained with a template that this recray lacks: {error}"
         ) from None
-    catalogue = Catalogue.build(labels, tokenizer, template, prompt["max_tokens"])
+    catalogue = Catalogue.build(items, tokenizer, template, prompt["max_tokens"])
     if catalogue.fingerprint != prompt["fingerprint"]:
         raise CatalogueError(
-            f"{folder} was trained with catalogue {prompt['fingerprint']} (template {prompt['template']} version "
-            f"{prompt['version']}), but these {len(labels)} items with template version {template.version} are "
-            f"{catalogue.fingerprint}; use the items it was trained with, or train it again"
+            f"{folder} was trained with catalogue {prompt['fingerprint']} (template {prompt['template']} "
+            f"version {prompt['version']}), but these {len(items)} items with template version "
+            f"{template.version} are {catalogue.fingerprint}; use the items of its training, or train again"
         )
     return model, catalogue
+
+
+def load_tokenizer(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a local Hugging Face folder or a hub id, as `load_model` does.
+
+    Raises:
+        ModelError: if it is missing or broken, or has no end token.
+    """
+    source = _source(folder_or_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # transformers and tokenizers raise whatever a broken file leads to, the bare Exception too.
+        raise ModelError(
+            f"{source}: the tokenizer can't be loaded ({_first_line(error)}); expected tokenizer.json and "
+            f"tokenizer_config.json as saved by transformers"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{source}: the tokenizer has no end-of-sequence token, so no item can end; set its eos_token "
+            f"and save it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"no {path}, so it is no recommender that recray trained; run `recray sft`"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); the folder is damaged, make it again") from None
+    if not isinstance(value, kind):
+        raise ModelError(f"{path}: expected a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def _source(folder_or_id: str | Path) -> str:
@@ -214,22 +245,6 @@ def _source(folder_or_id: str | Path) -> str:
     return str(folder)
 
 
-def _load_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # transformers and tokenizers raise whatever a broken file leads to, the bare Exception too.
-        raise ModelError(
-            f"{source}: the tokenizer can't be loaded ({_first_line(error)}); the folder needs tokenizer.json and "
-            f"tokenizer_config.json as saved by transformers"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{source}: the tokenizer has no end-of-sequence token, so no item can end; set its eos_token and save it"
-        )
-    return tokenizer
-
-
 def _load_weights(
     source: str, *, dtype: torch.dtype, trust_remote_code: bool, attention: str
 ) -> PreTrainedModel:
@@ -244,21 +259,22 @@ def _load_weights(
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"{source}: the model can't be loaded ({_first_line(error)}); expected a causal language model as saved by "
-            f"transformers, weights as safetensors"
+            f"{source}: the model can't be loaded ({_first_line(error)}); expected a causal language model "
+            f"as saved by transformers, weights as safetensors"
         ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
-            f"{source}: {len(missing)} weights of the model are not in the folder, {missing[0]} for one, and would be "
-            f"random; use a folder with the weights of a whole causal language model"
+            f"{source}: {len(missing)} weights of the model are not there, {missing[0]} for one, and would "
+            f"be random; use a folder with the weights of a whole causal language model"
         )
     return model
 
 
 def _rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the embedding rows that every token of `tokenizer` needs; ids may have holes."""
-    return max(tokenizer.get_vocab().values()) + 1
+    ids: list[int] = list(tokenizer.get_vocab().values())
+    return max(ids) + 1
 
 
 def _first_line(error: BaseException) -> str:
