@@ -160,7 +160,9 @@ class Reference(Part):
 class Objective(Part):
     """What is minimised. Defaults are NAPO as recray means it; see docs/papers.md."""
 
-    name: Literal["napo", "sdpo", "dpo", "cross_entropy"] = "napo"
+    name: Literal["napo", "sdpo", "dpo", "cross_entropy", "sft"] = Field(
+        "napo", description="`sft` goes on with supervised fine-tuning: the control at equal time."
+    )
     beta: Positive = 1.0
     reference: bool = Field(True, description="Log-ratios against the SFT model; False: policy only.")
     margin: Literal["per_negative", "batch", "none"] = "per_negative"
@@ -171,7 +173,7 @@ class Objective(Part):
     sharing_threshold: float = Field(0.5, description="Least similarity, for threshold.")
     similarity: Literal["cosine", "dot"] = "cosine"
     guard: bool = Field(True, description="A borrower never uses an item it met in training, nor its own target.")
-    detach_shared: bool = Field(False, description="As released: shared negatives send no gradient.")
+    detach_shared: bool = Field(False, description="As released: no negative that NAPO reads gets a gradient.")
     subtract_log_pool: bool = Field(False, description="Subtract ln |N_i|, so that pool size does not act as margin.")
 
 
@@ -184,6 +186,7 @@ class Align(Part):
     global_batch: Annotated[int, Field(ge=2)] = Field(32, description="Users a step; also the sharing pool.")
     steps: Count = 200
     validate_every: Count = Field(50, description="Steps between validations; each also checkpoints.")
+    seconds: Positive | None = Field(None, description="Of steps; stop at the first validation after so long.")
     validation_rows: Count = 512
     tokens_per_micro_batch: Count = 16384
     window_rows: Count = Field(65536, description="Rows of the shuffle window: what one pass keeps close together.")
@@ -220,7 +223,7 @@ class Resources(Part):
     """Where the work runs. Never part of a fingerprint: it changes the time, not the result."""
 
     num_workers: Count = 1
-    cpus_per_worker: Positive = 1.0
+    cpus_per_worker: Positive = Field(0.5, description="Logical CPUs set aside a trainer; the rest feeds it.")
     gpus_per_worker: NonNegative = 0.0
     threads_per_worker: Count = Field(2, description="Torch threads, without a GPU.")
     data_actors: Count = Field(1, description="Model replicas for scoring and embedding.")

@@ -30,7 +30,10 @@ INTERACTIONS = pa.schema(
         ("item", ITEM),
         ("time", pa.int64()),  # seconds since 1970, or the published position where a log has no clock
         ("rating", pa.float32()),  # null where the log has none
-        ("tie_break", pa.int64()),  # orders interactions of one user at one time; a seeded hash, or the position
+        (
+            "tie_break",
+            pa.int64(),
+        ),  # orders interactions of one user at one time; a seeded hash, or the position
     ]
 )
 
@@ -55,9 +58,7 @@ REJECTED = pa.schema(
 
 HISTORIES = pa.schema([("row", pa.int64()), ("user_id", pa.string()), ("items", ITEMS)])
 
-EXAMPLES = pa.schema(
-    [("row", pa.int64()), ("user_id", pa.string()), ("history", ITEMS), ("target", ITEM)]
-)
+EXAMPLES = pa.schema([("row", pa.int64()), ("user_id", pa.string()), ("history", ITEMS), ("target", ITEM)])
 
 EVALUATION = pa.schema(
     [
@@ -76,8 +77,14 @@ NEGATIVES = pa.schema([("row", pa.int64()), ("negatives", ITEMS)])  # prefix-nes
 REFERENCE = pa.schema(
     [
         ("row", pa.int64()),
-        ("items", ITEMS),  # the target, then the negatives: scores are joined by (row, item), never by position
-        ("scores", pa.list_(pa.float32())),  # log pi_ref(item | prompt of row), nats, summed over the item's tokens
+        (
+            "items",
+            ITEMS,
+        ),  # the target, then the negatives: scores are joined by (row, item), never by position
+        (
+            "scores",
+            pa.list_(pa.float32()),
+        ),  # log pi_ref(item | prompt of row), nats, summed over the item's tokens
     ]
 )
 

@@ -1,12 +1,12 @@
 """A workspace: one folder or object-store URI in which the stages of one run meet.
 
-    WORKSPACE/
-      workspace.json            whose it is: recipe and data
-      STAGE/manifest.json       written last: a stage without it does not count
-      STAGE/TABLE/*.parquet     tables of recray.schema
-      STAGE/model/              a Hugging Face folder
-      .partial/STAGE/           a stage at work; moved into place when whole, removed when it fails
-      .training/STAGE-PRINT/    checkpoints of a fit under way
+WORKSPACE/
+  workspace.json            whose it is: recipe and data
+  STAGE/manifest.json       written last: a stage without it does not count
+  STAGE/TABLE/*.parquet     tables of recray.schema
+  STAGE/model/              a Hugging Face folder
+  .partial/STAGE/           a stage at work; moved into place when whole, removed when it fails
+  .training/STAGE-PRINT/    checkpoints of a fit under way
 """
 
 import hashlib
@@ -111,6 +111,17 @@ class Workspace:
         pafs.copy_files(self.path(*parts), str(local), source_filesystem=self.fs)
         return local
 
+    def put_folder(self, local: Path, *parts: str) -> None:
+        """Copy a local folder to a place in the workspace, in place of what is there."""
+        self.remove(*parts)
+        self.fs.create_dir(self.path(*parts), recursive=True)
+        pafs.copy_files(str(local), self.path(*parts), destination_filesystem=self.fs)
+
+    def remove(self, *parts: str) -> None:
+        """Remove a folder, if it is there."""
+        if self.exists(*parts):
+            self.fs.delete_dir(self.path(*parts))
+
     def require(self, stage: str) -> Manifest:
         """Return the manifest of a finished stage, or raise `WorkspaceError` saying how to make it."""
         manifest = self.manifest(stage)
@@ -149,7 +160,7 @@ class Workspace:
     ) -> Iterator["StageOutput"]:
         """Open `stage` for writing; whole and with its manifest afterwards, or not there at all."""
         output = StageOutput(self, stage)
-        self._remove(".partial", stage)
+        self.remove(".partial", stage)
         self.fs.create_dir(output.path(), recursive=True)
         started = time.monotonic()
         try:
@@ -168,15 +179,11 @@ class Workspace:
                 versions=versions(),
             )
         except BaseException:
-            self._remove(".partial", stage)
+            self.remove(".partial", stage)
             raise
-        self._remove(stage)
+        self.remove(stage)
         self._move(output.path(), self.path(stage))
         self.write_json(manifest.model_dump(mode="json"), stage, "manifest.json")
-
-    def _remove(self, *parts: str) -> None:
-        if self.exists(*parts):
-            self.fs.delete_dir(self.path(*parts))
 
     def _move(self, source: str, target: str) -> None:
         if isinstance(self.fs, pafs.LocalFileSystem):
@@ -218,6 +225,11 @@ class StageOutput:
     def write_bytes(self, name: str, value: bytes) -> None:
         """Write a file."""
         self.workspace.write_bytes(value, ".partial", self.stage, name)
+
+    def copy_from(self, source: str, name: str) -> None:
+        """Copy a folder of the workspace, by its whole path, into the stage."""
+        self.fs.create_dir(self.path(name), recursive=True)
+        pafs.copy_files(source, self.path(name), source_filesystem=self.fs, destination_filesystem=self.fs)
 
     def write_folder(self, name: str, local: Path) -> None:
         """Copy a local folder, a model say, into the stage."""

@@ -37,7 +37,11 @@ class Examples(NamedTuple):
 
 
 def join_examples(
-    examples: pa.Table, negatives: pa.Table, reference: pa.Table, vectors: pa.Table, met: Mapping[str, ndarray]
+    examples: pa.Table,
+    negatives: pa.Table,
+    reference: pa.Table,
+    vectors: pa.Table,
+    met: Mapping[str, ndarray],
 ) -> pa.Table:
     """Return one table of examples with all that is known of each, joined by row and, for scores, by item.
 
@@ -53,11 +57,11 @@ def join_examples(
     """
     examples = examples.sort_by("row")
     rows = examples["row"].to_numpy()
-    drawn = _aligned(rows, negatives, "negatives")
-    vector = _matrix(_aligned(rows, vectors, "user vectors")["vector"])
-    negative = _matrix(drawn["negatives"])
+    drawn = aligned(rows, negatives, "negatives")
+    vector = matrix(aligned(rows, vectors, "user vectors")["vector"])
+    negative = matrix(drawn["negatives"])
     items = np.column_stack([examples["target"].to_numpy(), negative]).astype(np.int32)
-    scores = _scores_of(rows, items, _aligned(rows, reference, "reference scores"))
+    scores = _scores_of(rows, items, aligned(rows, reference, "reference scores"))
     user_ids = examples["user_id"].combine_chunks().dictionary_encode()
     known = [met[user] for user in user_ids.dictionary.to_pylist()]
     codes = user_ids.indices.to_numpy().astype(np.int64)
@@ -80,7 +84,10 @@ def write_shards(folder: Path, table: pa.Table, *, shard_rows: int = SHARD_ROWS)
     count = max(1, -(-table.num_rows // shard_rows))
     for number in range(count):
         part = table.slice(number * shard_rows, shard_rows).combine_chunks()
-        with pa.OSFile(str(folder / f"{number:06d}.arrow"), "wb") as sink, pa.ipc.new_file(sink, part.schema) as out:
+        with (
+            pa.OSFile(str(folder / f"{number:06d}.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, part.schema) as out,
+        ):
             for batch in part.to_batches():
                 out.write_batch(batch)
     return count
@@ -109,11 +116,11 @@ class ExampleShards:
         return Examples(
             row=table["row"].to_numpy(),
             user=table["user"].to_numpy(),
-            histories=_lists(table["history"]),
-            items=_matrix(table["items"]),
-            reference=_matrix(table["reference"]),
-            vector=_matrix(table["vector"]),
-            met=_lists(table["met"]),
+            histories=list_arrays(table["history"]),
+            items=matrix(table["items"]),
+            reference=matrix(table["reference"]),
+            vector=matrix(table["vector"]),
+            met=list_arrays(table["met"]),
         )
 
 
@@ -128,11 +135,11 @@ def met_in_training(histories: pa.Table, examples: pa.Table) -> dict[str, Int[nd
     items.append(examples["target"].combine_chunks())
     pairs = pa.table({"user": pa.concat_arrays(users), "item": pa.concat_arrays(items)})
     grouped = pairs.group_by("user").aggregate([("item", "distinct")])
-    found = _lists(grouped["item_distinct"])
+    found = list_arrays(grouped["item_distinct"])
     return {user: np.sort(own) for user, own in zip(grouped["user"].to_pylist(), found, strict=True)}
 
 
-def _aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
+def aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
     """Return the table's rows in the order of `rows`."""
     have = table["row"].to_numpy()
     order = np.argsort(have, kind="stable")
@@ -167,7 +174,7 @@ def _scores_of(rows: Int[ndarray, " R"], items: Int[ndarray, "R K"], reference: 
     return scores.astype(np.float32)
 
 
-def _matrix(column: pa.ChunkedArray) -> ndarray:
+def matrix(column: pa.ChunkedArray) -> ndarray:
     """Return a column of equally long lists as a matrix."""
     lists = column.combine_chunks()
     if isinstance(lists, pa.ChunkedArray):
@@ -176,7 +183,7 @@ def _matrix(column: pa.ChunkedArray) -> ndarray:
     return flat.reshape(len(lists), -1) if len(lists) else flat.reshape(0, 0)
 
 
-def _lists(column: pa.ChunkedArray) -> list[ndarray]:
+def list_arrays(column: pa.ChunkedArray) -> list[ndarray]:
     """Return a column of ragged lists as arrays."""
     lists = column.combine_chunks()
     flat = lists.flatten().to_numpy(zero_copy_only=False)

@@ -52,7 +52,11 @@ def candidate_layout(segments: Segments) -> Layout:
     """
     _refuse_empty(segments.prompt_lengths, "prompt")
     _refuse_empty(segments.candidate_lengths, "candidate")
-    users, prompts, lengths = segments.candidates_each.size, segments.prompt_lengths, segments.candidate_lengths
+    users, prompts, lengths = (
+        segments.candidates_each.size,
+        segments.prompt_lengths,
+        segments.candidate_lengths,
+    )
     user_of_candidate = np.repeat(np.arange(users), segments.candidates_each)
     candidate_total = np.bincount(user_of_candidate, weights=lengths, minlength=users).astype(np.int64)
     row, start, shape = pack(prompts + candidate_total)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recray.data.catalogue import Catalogue
 from recray.lm.layout import Layout, Segments, candidate_layout
-from recray.lm.load import open_recommender
+from recray.lm.load import load_labels, open_recommender
 
 LOGITS_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
 
@@ -56,8 +56,7 @@ class ItemScorer(nn.Module):
         chunk = max(1, LOGITS_AT_ONCE // int(self.model.config.vocab_size))
         if packed.source.numel() <= chunk or not torch.is_grad_enabled():
             pieces = [
-                self._log_probability(h, y)
-                for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
+                self._log_probability(h, y) for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
             ]
         else:
             pieces = [
@@ -113,9 +112,19 @@ def to_device(layout: Layout, device: torch.device | str) -> Packed:
     return Packed(*arrays, layout.num_scores)
 
 
-def segments_of(catalogue: Catalogue, histories: list[ndarray], candidates: list[ndarray]) -> Segments:
-    """Return the prompts of `histories` and the items in `candidates` as tokens."""
-    prompts = [catalogue.prompt(history, items) for history, items in zip(histories, candidates, strict=True)]
+def segments_of(
+    catalogue: Catalogue,
+    histories: list[ndarray],
+    candidates: list[ndarray],
+    shown: list[ndarray] | None = None,
+) -> Segments:
+    """Return the prompts of `histories` and the items in `candidates` as tokens.
+
+    A template that shows candidates shows `shown` (else the candidates themselves) by rising item number, which is a
+    seeded shuffle: the place in the list says nothing of which one is the positive.
+    """
+    listed = candidates if shown is None else shown
+    prompts = [catalogue.prompt(history, np.sort(items)) for history, items in zip(histories, listed, strict=True)]
     tokens, lengths = catalogue.items(np.concatenate(candidates))
     return Segments(
         prompt_tokens=np.concatenate(prompts),
@@ -126,10 +135,16 @@ def segments_of(catalogue: Catalogue, histories: list[ndarray], candidates: list
     )
 
 
-def segment_lengths(catalogue: Catalogue, histories: list[ndarray], candidates: list[ndarray]) -> Int[ndarray, " U"]:
+def segment_lengths(
+    catalogue: Catalogue,
+    histories: list[ndarray],
+    candidates: list[ndarray],
+    shown: list[ndarray] | None = None,
+) -> Int[ndarray, " U"]:
     """Return the tokens of each segment: its prompt and all its candidates."""
+    listed = candidates if shown is None else shown
     own = np.array([catalogue.item_lengths[items].sum() for items in candidates], dtype=np.int64)
-    prompts = [catalogue.prompt(h, c).size for h, c in zip(histories, candidates, strict=True)]
+    prompts = [catalogue.prompt_length(h, items) for h, items in zip(histories, listed, strict=True)]
     return np.array(prompts, dtype=np.int64) + own
 
 
@@ -140,17 +155,19 @@ def score_rows(
     candidates: list[ndarray],
     *,
     tokens_per_micro_batch: int,
+    shown: list[ndarray] | None = None,
 ) -> list[Float[ndarray, " C"]]:
     """Return the summed log-probability of each row's candidates, in their order, float32, in nats.
 
-    Rows are scored in groups of like length under a budget of tokens; no gradient.
+    Rows are scored in groups of like length under a budget of tokens; no gradient. `shown`: as in `segments_of`.
     """
-    lengths = segment_lengths(catalogue, histories, candidates)
+    listed = candidates if shown is None else shown
+    lengths = segment_lengths(catalogue, histories, candidates, listed)
     found: list[ndarray] = [np.zeros(0, dtype=np.float32)] * len(histories)
     device = next(scorer.parameters()).device
     for group in groups_by_tokens(lengths, tokens_per_micro_batch):
         chosen = [candidates[row] for row in group]
-        segments = segments_of(catalogue, [histories[row] for row in group], chosen)
+        segments = segments_of(catalogue, [histories[row] for row in group], chosen, [listed[row] for row in group])
         packed = to_device(candidate_layout(segments), device)
         with torch.inference_mode():
             scores = sum_by_slot(scorer(packed), packed).float().cpu().numpy()
@@ -178,14 +195,12 @@ def load_scorer(folder: Path, *, tokens_per_micro_batch: int) -> Scorer:
     Raises:
         ModelError, CatalogueError: if the folder is not a recommender that recray wrote whole.
     """
-    model, catalogue = open_recommender(folder)
+    model, catalogue = open_recommender(folder, load_labels(folder))
     scorer = ItemScorer(model).eval()
     if torch.cuda.is_available():
         scorer.cuda()
 
     def score(histories: list[ndarray], candidates: list[ndarray]) -> list[ndarray]:
-        return score_rows(
-            scorer, catalogue, histories, candidates, tokens_per_micro_batch=tokens_per_micro_batch
-        )
+        return score_rows(scorer, catalogue, histories, candidates, tokens_per_micro_batch=tokens_per_micro_batch)
 
     return score

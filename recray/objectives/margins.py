@@ -33,9 +33,7 @@ def confidence(
     return 0.5 - (below + up_to).to(score.dtype) / (2 * sample.shape[1])
 
 
-def per_negative_margin(
-    confidence: Float[Tensor, "B G N"], *, base: float, slope: float
-) -> Float[Tensor, "B G N"]:
+def per_negative_margin(confidence: Float[Tensor, "B G N"], *, base: float, slope: float) -> Float[Tensor, "B G N"]:
     """Return gamma_ijn = max(0, base * (1 + slope * c_ijn)), in units of beta * nats; c is the borrower's confidence."""
     return (base * (1 + slope * confidence)).clamp_min(0.0)
 

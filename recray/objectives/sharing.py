@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def similarity(
-    borrower: Float[Tensor, "B D"], owner: Float[Tensor, "G D"], *, cosine: bool
-) -> Float[Tensor, "B G"]:
+def similarity(borrower: Float[Tensor, "B D"], owner: Float[Tensor, "G D"], *, cosine: bool) -> Float[Tensor, "B G"]:
     """Return the cosine or the dot product of every borrower's vector with every owner's."""
     if cosine:
         borrower, owner = normalize(borrower, dim=1), normalize(owner, dim=1)
@@ -62,7 +60,10 @@ def above_threshold(
 
 
 def usable_negatives(
-    lends: Bool[Tensor, "B G"], forbidden: Bool[Tensor, "B G N"] | None, place: Int[Tensor, " B"], negatives: int
+    lends: Bool[Tensor, "B G"],
+    forbidden: Bool[Tensor, "B G N"] | None,
+    place: Int[Tensor, " B"],
+    negatives: int,
 ) -> Bool[Tensor, "B G N"]:
     """Return which negative of which owner each borrower may use.
 

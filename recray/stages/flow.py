@@ -31,7 +31,11 @@ STAGES = {
         Stage("reference", 1, ("ingest", "sequences", "sft", "negatives")),
         Stage("align", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
         Stage("evaluate", 1, ("ingest", "sequences", "users", "sft", "align")),
-        Stage("report", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference", "align", "evaluate")),
+        Stage(
+            "report",
+            1,
+            ("ingest", "sequences", "users", "sft", "negatives", "reference", "align", "evaluate"),
+        ),
         Stage("tune", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
     )
 }
@@ -78,9 +82,7 @@ def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force:
         return
     logger.info("%s: %s", stage.name, _reason(done, settings, inputs, force=force))
     module = importlib.import_module(f"recray.stages.{stage.name}")
-    with workspace.stage(
-        stage.name, version=stage.version, part=settings, seed=pipeline.seed, inputs=inputs
-    ) as out:
+    with workspace.stage(stage.name, version=stage.version, part=settings, seed=pipeline.seed, inputs=inputs) as out:
         module.run(Job(part, pipeline.seed, pipeline.resources, workspace, out, print_now, pipeline))
     done = workspace.require(stage.name)
     counts = ", ".join(f"{name} {count:,}" for name, count in done.counts.items())
@@ -118,7 +120,9 @@ def _reason(done: Manifest | None, settings: dict[str, Any], inputs: dict[str, s
 
 def _difference(manifest: Manifest, settings: dict[str, Any], seed: int) -> str:
     old, new = _flat(manifest.part), _flat(settings)
-    pairs = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    pairs = [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
     if manifest.seed != seed:
         pairs.append(f"seed was {manifest.seed}, now {seed}")
     return "; ".join(pairs[:3]) + ("; ..." if len(pairs) > 3 else "")

@@ -32,7 +32,7 @@ class Engine(Protocol):
         """Where inputs go."""
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Return every parameter and buffer whole, on the CPU; a collective, so every rank must call it."""
+        """Return every weight whole, on the CPU, tied ones once; a collective, so every rank must call it."""
 
     def save(self, folder: Path, tag: str) -> None:
         """Write what a resumed run needs; a collective."""
@@ -70,13 +70,14 @@ class PlainEngine:
         return float(norm)
 
     def whole_weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+        return _distinct_copies(self.module)
 
     def save(self, folder: Path, tag: str) -> None:
         if world()[0] == 0:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(
-                {"module": self.module.state_dict(), "optimiser": self._optimiser.state_dict()}, folder / f"{tag}.pt"
+                {"module": self.module.state_dict(), "optimiser": self._optimiser.state_dict()},
+                folder / f"{tag}.pt",
             )
 
     def load(self, folder: Path, tag: str) -> None:
@@ -131,7 +132,7 @@ class DeepSpeedEngine:
     def whole_weights(self) -> dict[str, Tensor]:
         inner: nn.Module = self._engine.module
         with _gathered(list(inner.parameters()), stage=self._engine.zero_optimization_stage()):
-            return {name: tensor.detach().cpu().clone() for name, tensor in inner.state_dict().items()}
+            return _distinct_copies(inner)
 
     def save(self, folder: Path, tag: str) -> None:
         self._engine.save_checkpoint(str(folder), tag=tag)
@@ -157,9 +158,7 @@ def make_engine(
     if kind == "plain":
         return PlainEngine(module, weight_decay=weight_decay, clip_norm=clip_norm)
     bf16 = next(module.parameters()).dtype == torch.bfloat16
-    return DeepSpeedEngine(
-        module, weight_decay=weight_decay, clip_norm=clip_norm, zero_stage=zero_stage, bf16=bf16
-    )
+    return DeepSpeedEngine(module, weight_decay=weight_decay, clip_norm=clip_norm, zero_stage=zero_stage, bf16=bf16)
 
 
 def _import_deepspeed() -> Any:
@@ -184,3 +183,15 @@ def _gathered(parameters: list[Tensor], *, stage: int) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+def _distinct_copies(module: nn.Module) -> dict[str, Tensor]:
+    """Return CPU copies of the module's state, a tied weight once, under the first of its names."""
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in seen:
+            seen.add(key)
+            kept[name] = tensor.detach().cpu().contiguous().clone()
+    return kept

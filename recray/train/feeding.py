@@ -73,7 +73,9 @@ class AlignFeed:
         arrays |= self._borrowing(examples, items, mine)
         return Unit(step, rank, micro_batches, arrays, rows.tolist())
 
-    def _borrowing(self, examples: Examples, items: Int[ndarray, "G 1+N"], mine: Int[ndarray, " B"]) -> dict[str, ndarray]:
+    def _borrowing(
+        self, examples: Examples, items: Int[ndarray, "G 1+N"], mine: Int[ndarray, " B"]
+    ) -> dict[str, ndarray]:
         """Return who may use which negative, and the borrower's confidence in each."""
         settings = self._objective
         place, user = torch.from_numpy(mine), torch.from_numpy(examples.user)
@@ -123,7 +125,13 @@ class StreamFeed:
     """
 
     def __init__(
-        self, histories: Sequence[ndarray], catalogue: Catalogue, order: Order, share: Share, *, window_items: int
+        self,
+        histories: Sequence[ndarray],
+        catalogue: Catalogue,
+        order: Order,
+        share: Share,
+        *,
+        window_items: int,
     ) -> None:
         self._histories, self._catalogue, self._share = histories, catalogue, share
         self._order, self._window = order, window_items
@@ -170,7 +178,12 @@ class ExampleFeed:
     """Makes units of (history, target) examples; for supervised fine-tuning with an instruction template."""
 
     def __init__(
-        self, histories: Sequence[ndarray], targets: Int[ndarray, " R"], catalogue: Catalogue, order: Order, share: Share
+        self,
+        histories: Sequence[ndarray],
+        targets: Int[ndarray, " R"],
+        catalogue: Catalogue,
+        order: Order,
+        share: Share,
     ) -> None:
         self._histories, self._targets = histories, targets
         self._catalogue, self._order, self._share = catalogue, order, share
@@ -211,5 +224,5 @@ def company(catalogue: Catalogue) -> Layout:
 
     A rank without rows still passes through the model, as the others' collectives in ZeRO-3 wait for it.
     """
-    tokens = np.array([catalogue.end_id, catalogue.end_id], dtype=np.int64)
+    tokens = np.array([catalogue.end, catalogue.end], dtype=np.int64)
     return stream_layout(tokens, np.array([2], dtype=np.int64))

@@ -103,4 +103,3 @@ def _cut(places: Sequence[int], lengths: Int[ndarray, " G"], budget: int, least:
             groups.append([])
         groups[-1].append(place)
     return [np.array(group, dtype=np.int64) for group in groups]
-

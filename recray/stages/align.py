@@ -1,0 +1,21 @@
+"""Preference optimisation from the SFT model: NAPO and its family. Ray Train and DeepSpeed ZeRO."""
+
+from recray.config import Align
+from recray.stages.alignment import alignment, run_alignment, write_examples
+from recray.stages.flow import Job
+from recray.stages.recommender import refuse_other_reference, write_fitted
+
+
+def run(job: Job) -> None:
+    """Join the examples, fit the model, write the best weights."""
+    part: Align = job.part
+    refuse_other_reference(job.workspace)
+    name = f"align-{job.fingerprint}"
+    examples = f"{name}-examples"
+    setting = alignment(job.workspace, part, job.seed, examples)
+    job.out.counts["examples"] = write_examples(job.workspace, examples)
+    fitted = run_alignment(setting, job.resources, run=name, name="align")
+    write_fitted(job.out, fitted, job.workspace.folder("sft", "model"), name)
+    job.out.facts["objective"] = part.objective.model_dump(mode="json")
+    job.workspace.remove(".training", name)
+    job.workspace.remove(".training", examples)

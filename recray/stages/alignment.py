@@ -1,0 +1,151 @@
+"""Preference optimisation on Ray, for one setting: what `align` does once and `tune` many times."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from recray.config import Align, Resources, Sft
+from recray.data.examples import ExampleShards, join_examples, matrix, met_in_training, write_shards
+from recray.errors import ConfigError
+from recray.lm.scorer import ItemScorer
+from recray.stages.fitting import Feed, Fit, Fitted, RayContext, run_fit
+from recray.stages.recommender import open_from, sft_feed, validation_rows
+from recray.train.engine import Engine, make_engine
+from recray.train.feeding import AlignFeed, Share
+from recray.train.log import MetricsLog
+from recray.train.loop import Plan, Progress, fit
+from recray.train.order import Order
+from recray.train.step import AlignStep, MarginCentre, StepResult, stream_step
+from recray.train.units import Unit
+from recray.train.validation import validate
+from recray.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One setting of preference optimisation, ready to run from a workspace."""
+
+    workspace: Workspace
+    examples: str  # folder below .training that `write_examples` filled
+    part: Align
+    num_negatives: int
+    seed: int
+
+
+def write_examples(workspace: Workspace, name: str) -> int:
+    """Join all that is known of each example into shards that trainers' feeds read; return their number.
+
+    Raises:
+        WorkspaceError: if the reference scores are another model's.
+    """
+    train = workspace.table("sequences", "train")
+    met = met_in_training(workspace.table("sequences", "histories"), train)
+    table = join_examples(
+        train,
+        workspace.table("negatives", "train"),
+        workspace.table("reference", "train"),
+        workspace.table("users", "train"),
+        met,
+    )
+    with TemporaryDirectory(prefix="recray-examples-") as folder:
+        write_shards(Path(folder), table)
+        workspace.put_folder(Path(folder), ".training", name)
+    return int(table.num_rows)
+
+
+def alignment(workspace: Workspace, part: Align, seed: int, examples: str) -> Alignment:
+    """Return a checked setting.
+
+    Raises:
+        ConfigError: if it asks for more negatives than were drawn, or for fewer than the prompts show.
+    """
+    drawn = int(workspace.require("negatives").part["num"])
+    wanted = part.num_negatives or drawn
+    if wanted > drawn:
+        raise ConfigError(f"align.num_negatives is {wanted}, but `negatives` drew {drawn}; raise negatives.num")
+    if wanted < drawn and "candidates" in str(workspace.require("sft").part["prompt"]["template"]):
+        raise ConfigError(
+            f"align.num_negatives is {wanted}, but the prompt template shows all {drawn} negatives that were drawn and "
+            f"reference scores are under those prompts; set negatives.num={wanted}"
+        )
+    return Alignment(workspace, examples, part, wanted, seed)
+
+
+def run_alignment(
+    setting: Alignment, resources: Resources, *, run: str, name: str, callbacks: list[Any] | None = None
+) -> Fitted:
+    """Fit one setting; a run of the same name goes on where it was."""
+    fitting = Fit(
+        name=name,
+        run=run,
+        steps=setting.part.steps,
+        make_feed=partial(make_feed, setting),
+        work=partial(_work, setting),
+    )
+    return run_fit(fitting, setting.workspace, resources, callbacks=callbacks)
+
+
+def make_feed(setting: Alignment, world_size: int) -> Feed:
+    """Return the feed of a setting, for as many ranks."""
+    workspace, part = setting.workspace, setting.part
+    catalogue = open_from(workspace, "sft", "model")[1]
+    if part.objective.name == "sft":
+        sft = Sft.model_validate(workspace.require("sft").part)
+        # Another seed than sft itself had: the control goes on with new shuffles, not with the first ones again.
+        return sft_feed(workspace, catalogue, sft, setting.seed + 1, world_size)
+    shards = ExampleShards(workspace.folder(".training", setting.examples))
+    vectors = matrix(workspace.table("users", "items").sort_by("item")["vector"])
+    return AlignFeed(
+        shards,
+        catalogue,
+        torch.tensor(vectors),
+        Order(shards.num_rows, part.global_batch, setting.seed, part.window_rows),
+        Share(world_size, part.tokens_per_micro_batch, part.micro_batches),
+        part.objective,
+        num_negatives=setting.num_negatives,
+    )
+
+
+def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
+    """Fit the model on one rank."""
+    workspace, part = setting.workspace, setting.part
+    model, catalogue = open_from(workspace, "sft", "model")
+    chosen = part.optimiser
+    engine = make_engine(
+        ItemScorer(model),
+        kind=chosen.engine,
+        weight_decay=chosen.weight_decay,
+        clip_norm=chosen.clip_norm,
+        zero_stage=chosen.zero_stage,
+    )
+    rows = validation_rows(workspace, part.validation_rows, setting.seed)
+    centre = MarginCentre()
+    step = AlignStep(part.objective, centre) if part.objective.name != "sft" else None
+
+    def take_step(engine: Engine, unit: Unit, rate: float) -> StepResult:
+        if step is None:
+            return stream_step(engine, unit, learning_rate=rate)
+        return step(engine, unit, learning_rate=rate)
+
+    plan = Plan(
+        part.steps,
+        part.validate_every,
+        None,
+        chosen.learning_rate,
+        chosen.warmup_fraction,
+        chosen.final_fraction,
+        clock_limit_s=part.seconds,
+    )
+    return fit(
+        engine,
+        context,
+        plan,
+        take_step=take_step,
+        validate=lambda: validate(engine, catalogue, rows, token_budget=part.tokens_per_micro_batch),
+        log=log,
+        centre=centre,
+    )

@@ -1,0 +1,223 @@
+"""Ray around the training loop: the group of workers, the ordered feed, checkpoints. Shared by `sft`, `align`, `tune`.
+
+The feed is Ray Data executing a pure plan. One block holds one unit (the share of one rank in one step), blocks keep
+their order, and a streaming split of equal blocks over W readers hands block b to reader b mod W: so rank r gets its
+units in order of steps, whatever the data tasks' timing. The loop checks the stamp of each.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from pyarrow import fs as pafs
+from ray.data import ActorPoolStrategy, DataIterator, Dataset
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from recray.config import Resources
+from recray.train.log import MetricsLog
+from recray.train.loop import BEST, Progress
+from recray.train.units import Unit, pack_unit, unpack_unit
+from recray.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+FEED_CPUS = 0.25
+PROGRESS_EVERY_S = 15.0
+UNITS = "units"
+
+
+class Feed(Protocol):
+    """Makes units; see recray.train.feeding."""
+
+    def unit(self, step: int, rank: int) -> Unit:
+        """Return the unit of one rank in one step."""
+
+
+MakeFeed = Callable[[int], Feed]  # from the number of ranks
+Work = Callable[["RayContext", MetricsLog], Progress]
+
+
+class LoadUnit:
+    """Ray Data actor: from the number of a unit to the unit itself."""
+
+    def __init__(self, make_feed: MakeFeed, world_size: int, first_step: int) -> None:
+        torch.set_num_threads(1)
+        self._feed, self._world_size, self._first_step = make_feed(world_size), world_size, first_step
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        (number,) = batch["id"].tolist()
+        step, rank = divmod(number, self._world_size)
+        return pa.table({"unit": pa.array([pack_unit(self._feed.unit(self._first_step + step, rank))], pa.binary())})
+
+
+def unit_dataset(make_feed: MakeFeed, world_size: int, *, first_step: int, steps: int) -> Dataset:
+    """Return the units of steps first_step .. steps - 1, one a block, ordered by (step, rank)."""
+    count = max(1, (steps - first_step) * world_size)
+    dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+        LoadUnit,
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=FEED_CPUS,
+        fn_constructor_args=(make_feed, world_size, first_step),
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    return dataset
+
+
+class OrderedFeed(DataConfig):
+    """Gives every rank its own units in order, for whatever number of ranks the group (re)starts with."""
+
+    def __init__(self, make_feed: MakeFeed, steps: int, workspace: Workspace, run: str) -> None:
+        super().__init__()
+        self._make_feed, self._steps, self._workspace, self._run = make_feed, steps, workspace, run
+
+    def configure(
+        self,
+        datasets: dict[str, Dataset],  # noqa: ARG002 - units follow from the plan, not from a data set
+        world_size: int,
+        worker_handles: Any,  # noqa: ARG002
+        worker_node_ids: Any,  # noqa: ARG002
+        **_: Any,
+    ) -> list[dict[str, DataIterator]]:
+        """Return one iterator a rank, from the step of the newest checkpoint on."""
+        first = checkpointed_step(self._workspace, self._run)
+        units = unit_dataset(self._make_feed, world_size, first_step=first, steps=self._steps)
+        return [{UNITS: iterator} for iterator in units.streaming_split(world_size, equal=False)]
+
+
+class RayContext:
+    """A rank of a Ray Train group, as the loop sees it."""
+
+    def __init__(self, name: str) -> None:
+        self._context = ray.train.get_context()
+        self._name = name
+        self._shown = time.monotonic()
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return int(self._context.get_world_rank())
+
+    def resume_folder(self) -> Path | None:
+        """Return the last reported checkpoint, copied here, or None."""
+        checkpoint = ray.train.get_checkpoint()
+        return None if checkpoint is None else Path(checkpoint.to_directory())
+
+    def units(self, first_step: int) -> Iterator[Unit]:
+        """Yield this rank's units from `first_step` on."""
+        shard = ray.train.get_dataset_shard(UNITS)
+        for batch in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+            unit = unpack_unit(batch["unit"][0].as_py())
+            if unit.step >= first_step:
+                yield unit
+
+    def report(self, metrics: Mapping[str, float], folder: Path) -> None:
+        """Hand metrics and a checkpoint folder to Ray Train; returns when the folder is stored."""
+        ray.train.report(dict(metrics), checkpoint=Checkpoint.from_directory(str(folder)))
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        """Log where rank 0 is, every few seconds."""
+        if self.rank == 0 and time.monotonic() - self._shown > PROGRESS_EVERY_S:
+            self._shown = time.monotonic()
+            logger.info("%s: step %d of at most %d (%.0f %%), %s", self._name, step, steps, 100 * step / steps, text)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training run on Ray."""
+
+    name: str  # for people
+    run: str  # names its checkpoints: a run of the same name goes on where it was
+    steps: int
+    make_feed: MakeFeed
+    work: Work  # what each rank does
+
+
+class Fitted:
+    """What a run left: its best weights and everything it logged."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder = Path(checkpoint.to_directory())
+        self.weights_file = self.folder / BEST
+        self.progress = Progress(**json.loads((self.folder / "progress.json").read_text()))
+        self.metrics: list[dict[str, Any]] = json.loads((self.folder / "metrics.json").read_text())
+
+
+def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: list[Any] | None = None) -> Fitted:
+    """Run `fit.work` on every worker, resuming a run of the same name; raise the first worker's own error."""
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"fit": fit, "workspace": workspace, "threads": resources.threads_per_worker},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=_worker_resources(resources),
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker > 0 else "gloo"),
+        run_config=RunConfig(
+            name=fit.run,
+            storage_path=workspace.path(".training"),
+            storage_filesystem=workspace.fs,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=2),
+            callbacks=callbacks,
+        ),
+        datasets={UNITS: ray.data.range(1)},
+        dataset_config=OrderedFeed(fit.make_feed, fit.steps, workspace, fit.run),
+    )
+    return Fitted(trainer.fit().checkpoint)
+
+
+def log_folder(workspace: Workspace, run: str) -> str:
+    """Return where a run's metrics and TensorBoard events are gathered, below the workspace."""
+    return workspace.path(".training", f"{run}-log")
+
+
+def checkpointed_step(workspace: Workspace, run: str) -> int:
+    """Return the step of the newest checkpoint that Ray Train will resume from, 0 if there is none."""
+    snapshot = (".training", run, "checkpoint_manager_snapshot.json")
+    if not workspace.exists(*snapshot):
+        return 0
+    latest = workspace.json(*snapshot).get("latest_checkpoint_result")
+    if not latest:
+        return 0
+    progress = (".training", run, latest["checkpoint_dir_name"], "progress.json")
+    return int(workspace.json(*progress)["step"]) if workspace.exists(*progress) else 0
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Run on every rank: the loop, with a log of its own on rank 0."""
+    fit: Fit = config["fit"]
+    workspace: Workspace = config["workspace"]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(config["threads"])
+    context = RayContext(fit.name)
+    local = isinstance(workspace.fs, pafs.LocalFileSystem)
+    folder = log_folder(workspace, fit.run) if local else tempfile.mkdtemp(prefix="recray-log-")
+    own = Path(folder) if context.rank == 0 else Path(tempfile.mkdtemp(prefix="recray-log-"))
+    fit.work(context, MetricsLog(own))
+    if context.rank == 0 and not local:
+        target = log_folder(workspace, fit.run)
+        pafs.copy_files(folder, target, destination_filesystem=workspace.fs)
+        shutil.rmtree(folder)
+
+
+def _worker_resources(resources: Resources) -> dict[str, float]:
+    found: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker > 0:
+        found["GPU"] = resources.gpus_per_worker
+    return found

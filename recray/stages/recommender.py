@@ -1,0 +1,133 @@
+"""Recommender folders and evaluation rows in a workspace: what `sft`, `reference`, `align` and `tune` have in common."""
+
+import hashlib
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy import ndarray
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from recray.config import Sft
+from recray.data.catalogue import Catalogue
+from recray.data.examples import list_arrays
+from recray.errors import WorkspaceError
+from recray.lm.load import load_model, load_prompt, open_recommender, save_model, stored_dtype
+from recray.lm.scorer import ItemScorer
+from recray.stages.fitting import Feed, Fitted, log_folder
+from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
+from recray.train.order import Order
+from recray.train.validation import ValidationRows
+from recray.workspace import StageOutput, Workspace
+
+
+def labels_of(workspace: Workspace) -> list[str]:
+    """Return the items' labels in item order."""
+    items = workspace.table("ingest", "items", columns=["item", "label"]).sort_by("item")
+    labels: list[str] = items["label"].to_pylist()
+    return labels
+
+
+def open_from(workspace: Workspace, *folder: str) -> tuple[PreTrainedModel, Catalogue]:
+    """Return the recommender in a folder of the workspace, with the workspace's catalogue."""
+    local = workspace.folder(*folder)
+    return open_recommender(local, labels_of(workspace), dtype=stored_dtype(local))
+
+
+def validation_rows(workspace: Workspace, count: int, seed: int) -> ValidationRows:
+    """Return a seeded sample of the validation split; the same for every stage of a run."""
+    table = workspace.table("sequences", "validation").sort_by("row")
+    if table.num_rows > count:
+        chosen = np.sort(np.random.default_rng(seed).choice(table.num_rows, count, replace=False))
+        table = table.take(pa.array(chosen))
+    return ValidationRows(
+        histories=list_arrays(table["history"]),
+        targets=table["target"].to_numpy().astype(np.int64),
+        candidates=list_arrays(table["candidates"]),
+    )
+
+
+def sft_feed(workspace: Workspace, catalogue: Catalogue, part: Sft, seed: int, world_size: int) -> Feed:
+    """Return the feed of supervised fine-tuning: windows of histories for a stream, examples for an instruction."""
+    share = Share(world_size, part.tokens_per_micro_batch)
+    order = Order(sft_rows(workspace, part, catalogue), part.global_batch, seed)
+    if catalogue.streams:
+        return StreamFeed(_histories(workspace), catalogue, order, share, window_items=part.window_items)
+    table = workspace.table("sequences", "train").sort_by("row")
+    targets = table["target"].to_numpy().astype(np.int64)
+    return ExampleFeed(list_arrays(table["history"]), targets, catalogue, order, share)
+
+
+def sft_rows(workspace: Workspace, part: Sft, catalogue: Catalogue) -> int:
+    """Return the rows of one pass of supervised fine-tuning."""
+    if not catalogue.streams:
+        return int(workspace.table("sequences", "train", columns=["row"]).num_rows)
+    lengths = np.array([history.size for history in _histories(workspace)], dtype=np.int64)
+    return int(windows_of(lengths, part.window_items)[0].size)
+
+
+def _histories(workspace: Workspace) -> list[ndarray]:
+    return list_arrays(workspace.table("sequences", "histories").sort_by("row")["items"])
+
+
+def scorer_print(workspace: Workspace, stage: str) -> dict[str, Any]:
+    """Return what decides a model's scores: its weights, catalogue (tokenizer, items, prompt) and number format."""
+    with workspace.fs.open_input_stream(workspace.path(stage, "model", "model.safetensors")) as stream:
+        weights = hashlib.sha256(stream.read()).hexdigest()[:16]
+    prompt = workspace.json(stage, "model", "recray_prompt.json")
+    config = workspace.json(stage, "model", "config.json")
+    return {"weights": weights, "catalogue": prompt["fingerprint"], "dtype": config.get("dtype")}
+
+
+def refuse_other_reference(workspace: Workspace) -> None:
+    """Raise `WorkspaceError` with both fingerprints unless the reference scores are those of sft/model."""
+    scored_by, model = workspace.json("reference", "fingerprint.json"), scorer_print(workspace, "sft")
+    if scored_by != model:
+        raise WorkspaceError(
+            f"reference scores were made by {scored_by}, but sft/model is {model}; run `recray reference` again"
+        )
+
+
+def write_fitted(out: StageOutput, fitted: Fitted, start: Path, run: str) -> None:
+    """Write a fit's best weights as a recommender's folder like `start`, its metrics, and its TensorBoard events."""
+    with TemporaryDirectory(prefix="recray-model-") as name:
+        folder = Path(name) / "model"
+        write_weights(fitted.weights_file, start, folder)
+        out.write_folder("model", folder)
+    lines = [json.dumps(line) for line in fitted.metrics]
+    out.write_bytes("metrics.jsonl", ("\n".join(lines) + "\n").encode())
+    events = f"{log_folder(out.workspace, run)}/tensorboard"
+    out.copy_from(events, "tensorboard")
+    out.workspace.fs.delete_dir(log_folder(out.workspace, run))
+    out.counts["steps"] = fitted.progress.step
+    out.facts |= _facts(fitted)
+
+
+def write_weights(weights_file: Path, start: Path, folder: Path) -> None:
+    """Write the recommender of `start` with the weights of an `ItemScorer` in it."""
+    model, tokenizer = load_model(start, dtype=stored_dtype(start))
+    missing, unexpected = ItemScorer(model).load_state_dict(load_file(weights_file), strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    if unexpected or {name.removeprefix("model.") for name in missing} - tied:
+        raise RuntimeError(f"{weights_file} does not fit {start}: missing {missing}, unexpected {unexpected}")
+    save_model(folder, model, tokenizer, load_prompt(start))
+
+
+def _facts(fitted: Fitted) -> dict[str, Any]:
+    progress = fitted.progress
+    return {
+        "best_step": progress.best_step,
+        "best_validation_ndcg@10": progress.best,
+        "training_seconds": round(progress.seconds, 1),
+    }
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the torch dtype of a name in the configuration."""
+    found: torch.dtype = getattr(torch, name)
+    return found
