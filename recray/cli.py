@@ -1,7 +1,7 @@
 """The command line: `recray run` for the whole job, one command a stage, and what recipes there are.
 
-Everything that can be wrong with a configuration is found before Ray starts. Only `typer` is imported at the top:
-`recray --help` needs neither torch nor ray.
+Everything that can be wrong with a configuration is found before Ray starts. Only `typer` is imported at the
+top: `recray --help` needs neither torch nor ray.
 """
 
 import sys
@@ -59,7 +59,7 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", metavar="N", hel
 
 
 def main(command: str | None = None) -> None:
-    """Run the command line, `command` standing before the arguments; print recray's own errors without traceback.
+    """Run the command line, `command` before the arguments; recray's own errors print without a traceback.
 
     Exits with 2 if the configuration is wrong and with 1 after any other error.
     """

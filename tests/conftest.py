@@ -24,8 +24,10 @@ os.environ.pop("RAY_ADDRESS", None)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Checks every annotated call of recray in this process (Ray's workers import it plain), tensor axes too.
-install_import_hook("recray", "beartype.beartype")
+# Checks every annotated call of the packages with tensors in this process (Ray's workers import them plain), axes
+# included. Not the settings: beartype does not take `Self` in a method decorated on its own.
+TENSOR_PACKAGES = ("data", "users", "negatives", "objectives", "lm", "ranking", "distributed", "train")
+install_import_hook([f"recray.{name}" for name in TENSOR_PACKAGES], "beartype.beartype")
 
 import pytest  # noqa: E402
 

@@ -15,7 +15,7 @@ from recray.config import (
 
 
 def amazon() -> Pipeline:
-    """Amazon reviews with the published split; a seeded sample of users, so that two cores need under an hour."""
+    """Amazon reviews with the published split, on a seeded sample of users: a run of two cores."""
     return Pipeline(
         name="amazon",
         # The published candidates exist for 6,000 test users; the sample is drawn over all users.

@@ -7,14 +7,14 @@ def movielens() -> Pipeline:
     """MovieLens ratings, split at one moment for all users (the honest split)."""
     return Pipeline(
         name="movielens",
-        # Every rating counts as an interaction, a low one too: one rates what one chose to watch, and which film
-        # comes next is what is predicted here. `--set ingest.min_rating=4` keeps liked films only.
+        # Every rating counts as an interaction, a low one too: one rates what one chose to watch, and which
+        # film comes next is what is predicted here. `--set ingest.min_rating=4` keeps liked films only.
         ingest=Ingest(min_rating=None, min_user_interactions=5, min_item_interactions=3),
         sequences=Sequences(
             split="time_cut",
             validation_fraction=0.1,
             test_fraction=0.1,
-            # With one cut for all, few users (the late ones) hold many held-out rows: keep enough rows of each for
+            # With one cut for all, few users (the late ones) hold many held-out rows: keep enough of each for
             # narrow intervals, which are clustered by user.
             targets_per_user=20,
             examples_per_user=20,

@@ -5,7 +5,7 @@ from recray.config import Objective, Pipeline
 
 
 def napo_as_released() -> Pipeline:
-    """`movielens` with NAPO as its authors released it: policy only, one margin a batch, shared scores detached."""
+    """`movielens` with NAPO as released: policy only, one margin a batch, shared scores detached."""
     base = movielens()
     objective = Objective(
         name="napo",
@@ -20,6 +20,6 @@ def napo_as_released() -> Pipeline:
         guard=False,
         detach_shared=True,
     )
-    # The release shares within the micro-batch of its four workers, 16 users, not within the accumulated batch.
+    # The release shares within the micro-batches of its four workers, 16 users, not the accumulated batch.
     align = base.align.model_copy(update={"objective": objective, "global_batch": 16})
     return base.model_copy(update={"name": "napo_as_released", "align": align})

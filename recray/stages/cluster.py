@@ -6,6 +6,7 @@ A stage never starts Ray. `recray` (or `python -m pipelines.run` as a Ray job) w
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,24 +18,27 @@ from ray.data import DataContext
 from ray.exceptions import RayTaskError
 from rich.logging import RichHandler
 
+from recray import errors
 from recray.config import Resources
 from recray.errors import ConfigError, RecrayError
 
 logger = logging.getLogger(__name__)
 
-LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-# Read by the Hugging Face libraries of workers as by the driver's. Never the token: a runtime environment is public.
-HANDED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HOME")
-DATA_CPUS = (
-    1  # Ray Data feeds the trainer: without a CPU left over, workers would wait for their first row for ever
+OWN_TEXT = re.compile(
+    rf"^{errors.__name__}\.(?P<kind>\w+): (?P<message>.*?)(?=\n\n|\n\x1b|\Z)",
+    re.MULTILINE | re.DOTALL,
 )
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# What workers' Hugging Face libraries read, too. Never the token: a runtime environment is public.
+HANDED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HOME")
+DATA_CPUS = 1  # to feed the trainer: with none left over, workers would wait for their first row for ever
 
 
 @contextmanager
 def connect(resources: Resources) -> Iterator[None]:
-    """Hold a connection to Ray: to a running cluster where there is one, else to a local Ray that stops afterwards.
+    """Hold a connection to Ray: a running cluster where there is one, else a local Ray, stopped afterwards.
 
-    A cluster is RAY_ADDRESS (which Ray sets inside a submitted job) or the one that `ray start` left a note of.
+    A cluster is RAY_ADDRESS (which Ray sets in a submitted job) or the one that `ray start` left a note of.
     Token authentication stays as Ray sets it up: on, also for a local Ray.
 
     Raises:
@@ -45,10 +49,12 @@ def connect(resources: Resources) -> Iterator[None]:
         return
     cluster = running_cluster()
     environment = worker_environment(resources)
+    if cluster is None:
+        environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
     for name, value in {**environment, "RAY_USAGE_STATS_ENABLED": "0"}.items():
         os.environ.setdefault(name, value)
     for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     _start(cluster, environment)
     try:
         DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
@@ -59,7 +65,7 @@ def connect(resources: Resources) -> Iterator[None]:
 
 
 def running_cluster() -> str | None:
-    """Return the address (or the place of the note) of the cluster to attach to, None if a local Ray is wanted."""
+    """Return the address of the cluster to attach to, None if a local Ray is wanted."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
         return address
@@ -86,10 +92,12 @@ def worker_environment(resources: Resources) -> dict[str, str]:
 
 
 def log_lines() -> None:
-    """Show recray's log: coloured on a terminal, plain lines elsewhere. Also runs at the start of every worker."""
+    """Show recray's log: coloured on a terminal, plain lines elsewhere; also run as every worker starts."""
     package = logging.getLogger("recray")
     package.setLevel(logging.INFO)
     package.propagate = False
+    # Its actor that watches worker groups asks the dashboard, which a local Ray does not have, and complains.
+    logging.getLogger("ray.train.v2").setLevel(logging.ERROR)
     if sys.stderr.isatty():
         package.handlers = [RichHandler(show_path=False, log_time_format="%X", rich_tracebacks=False)]
         return
@@ -101,7 +109,7 @@ def log_lines() -> None:
 def own_error(error: BaseException) -> RecrayError | None:
     """Return the `RecrayError` at the bottom of what Ray wrapped around it, or None if there is none.
 
-    Ray Data and Ray Train hand a worker's error on as the cause of their own, or as one failure a rank.
+    Ray Train hands a worker's error on as one failure a rank, Ray tasks as the cause, Ray Data as text alone.
     """
     seen: list[BaseException] = []
     waiting = [error]
@@ -110,6 +118,8 @@ def own_error(error: BaseException) -> RecrayError | None:
         # Ray's own wrapper is an instance of what it wraps, but its text is the worker's traceback.
         if isinstance(current, RecrayError) and not isinstance(current, RayTaskError):
             return current
+        if isinstance(current, RayTaskError) and (told := OWN_TEXT.search(str(current))):
+            return getattr(errors, told["kind"])(told["message"])
         seen.append(current)
         failures = getattr(current, "worker_failures", None)
         inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
@@ -128,12 +138,14 @@ def _start(cluster: str | None, environment: dict[str, str]) -> None:
     }
     if cluster is None:
         settings |= {"address": "local", "include_dashboard": False}
+        # It warns that token authentication is on, and how to switch it off.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         ray.init(**settings)
     except ConnectionError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {cluster}: {error}; unset RAY_ADDRESS (or run `ray stop`) to work on a "
-            "local Ray, or start the cluster"
+            f"no Ray cluster answers at {cluster}: {error}; start it, or unset RAY_ADDRESS (or run "
+            "`ray stop`) to work on a local Ray"
         ) from error
     cpus = ray.cluster_resources().get("CPU", 0)
     logger.info("Ray: %s, %g CPUs", "started here" if cluster is None else f"cluster at {cluster}", cpus)
@@ -141,22 +153,14 @@ def _start(cluster: str | None, environment: dict[str, str]) -> None:
 
 def _check_size(resources: Resources, cluster: str | None, available: dict[str, float]) -> None:
     """Refuse a local Ray that can never place the workers; warn on a cluster, which may still grow."""
-    cpus = resources.num_workers * resources.cpus_per_worker + DATA_CPUS
-    gpus = resources.num_workers * resources.gpus_per_worker
-    lacking = [
-        f"{wanted:g} {kind}s are needed ({resources.num_workers} workers x {each:g}{extra}), {have:g} are there"
-        for kind, wanted, each, extra, have in (
-            (
-                "CPU",
-                cpus,
-                resources.cpus_per_worker,
-                f", {DATA_CPUS} to feed them",
-                available.get("CPU", 0.0),
-            ),
-            ("GPU", gpus, resources.gpus_per_worker, "", available.get("GPU", 0.0)),
-        )
-        if wanted > have
-    ]
+    workers, cpus, gpus = resources.num_workers, resources.cpus_per_worker, resources.gpus_per_worker
+    lacking = []
+    if workers * cpus + DATA_CPUS > available.get("CPU", 0.0):
+        need = f"{workers * cpus + DATA_CPUS:g} CPUs ({workers} workers x {cpus:g}, {DATA_CPUS} to feed them)"
+        lacking.append(f"{need} are needed, {available.get('CPU', 0.0):g} are there")
+    if workers * gpus > available.get("GPU", 0.0):
+        need = f"{workers * gpus:g} GPUs ({workers} workers x {gpus:g})"
+        lacking.append(f"{need} are needed, {available.get('GPU', 0.0):g} are there")
     if not lacking:
         return
     message = f"{'; '.join(lacking)}; lower resources.num_workers, cpus_per_worker or gpus_per_worker"

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from recray.config import Pipeline, override, setting_names, validated
+from recray.errors import ConfigError
+
+PIPELINE = Pipeline(name="test")
+
+
+def test_a_pipeline_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        PIPELINE.align.steps = 3  # type: ignore[misc]
+
+
+def test_a_file_lies_over_the_recipe_and_settings_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"align": {"steps": 7, "global_batch": 8}}')
+    resolved = override(PIPELINE, file=str(file), settings=["align.steps=9"])
+    assert (resolved.align.steps, resolved.align.global_batch) == (9, 8)
+    assert resolved.align.objective == PIPELINE.align.objective
+    assert resolved.sft == PIPELINE.sft
+
+
+def test_the_last_of_two_settings_counts() -> None:
+    assert override(PIPELINE, settings=["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "value"),
+    [
+        ("align.optimiser.learning_rate=1e-5", ("align", "optimiser", "learning_rate"), 1e-5),
+        ("align.objective.guard=false", ("align", "objective", "guard"), False),
+        ("ingest.data=/a/b=c.parquet", ("ingest", "data"), "/a/b=c.parquet"),
+        ("ingest.data=null", ("ingest", "data"), None),
+        ("evaluate.ks=[1, 3]", ("evaluate", "ks"), (1, 3)),
+        ("sft.prompt.template=titles", ("sft", "prompt", "template"), "titles"),
+    ],
+)
+def test_a_setting_is_read_as_json_else_as_text(setting: str, path: tuple[str, ...], value: object) -> None:
+    found: object = override(PIPELINE, settings=[setting])
+    for step in path:
+        found = getattr(found, step)
+    assert found == value
+
+
+def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    changed = override(PIPELINE, settings=["align.steps=5", "evaluate.ks=[2]"])
+    file.write_text(changed.model_dump_json())
+    assert override(PIPELINE, file=str(file)) == changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["align.step=3"], ["align.step", "unknown", "align.steps"]),
+        (["aling.steps=3"], ["aling", "align"]),
+        (["align.steps=many"], ["align.steps", "integer", "many"]),
+        (["align.steps=0"], ["align.steps", "greater than or equal to 1"]),
+        (["sequences.split=random"], ["sequences.split", "time_cut", "random"]),
+        (["align.steps"], ["align.steps", "="]),
+        (["align.num_negatives=64"], ["64", "negatives.num"]),
+        (["align=3"], ["align"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_was_expected(settings: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        override(PIPELINE, settings=settings)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_all_wrong_settings_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)align\.step:.*seed:"):
+        override(PIPELINE, settings=["align.step=3", "seed=-1"])
+
+
+@pytest.mark.parametrize(("text", "word"), [("{", "JSON"), ("[1]", "object"), (None, "no such file")])
+def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, word: str) -> None:
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=word) as refused:
+        override(PIPELINE, file=str(file))
+    assert str(file) in str(refused.value)
+
+
+def test_every_setting_that_is_named_can_be_set() -> None:
+    tree = PIPELINE.model_dump(mode="json")
+    for name in setting_names():
+        found = tree
+        for step in name.split("."):
+            found = found[step]
+    assert validated(json.loads(json.dumps(tree))) == PIPELINE
