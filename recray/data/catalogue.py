@@ -11,19 +11,17 @@ Axes:
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
+from transformers import PreTrainedTokenizerBase
 
 from recray.data import prompts
 from recray.data.prompts import Frame, Template
 from recray.data.tokenizer import boundary_error, encode, encode_after, holds_special
 from recray.errors import CatalogueError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _CHECKED_AT_ONCE = 2048  # texts; bounds the memory of `check_boundaries`
 
@@ -87,7 +85,7 @@ class Catalogue:
     def build(
         cls,
         labels: Sequence[str],
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         template: Template,
         max_prompt_tokens: int,
     ) -> "Catalogue":
@@ -110,9 +108,7 @@ class Catalogue:
         catalogue._room(0)
         return catalogue
 
-    def prompt(
-        self, history: Int[ndarray, " H"], candidates: Int[ndarray, " C"] | None = None
-    ) -> Int[ndarray, " T"]:
+    def prompt(self, history: Int[ndarray, " H"], candidates: Int[ndarray, " C"] | None = None) -> Int[ndarray, " T"]:
         """Return the prompt's tokens, int32; the oldest items that don't fit are left out.
 
         Args:
@@ -200,7 +196,7 @@ class Catalogue:
         return whole.hexdigest()[:16]
 
 
-def check_boundaries(catalogue: Catalogue, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_boundaries(catalogue: Catalogue, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check for every item that its pieces, put together, are the tokens of the text put together.
 
     Each item is written after a prompt whose history ends in two other items and itself, and shown among the
@@ -220,7 +216,7 @@ def check_boundaries(catalogue: Catalogue, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _check_chunk(
-    catalogue: Catalogue, frame: Frame, tokenizer: "PreTrainedTokenizerBase", pairs: Int[ndarray, "n 2"]
+    catalogue: Catalogue, frame: Frame, tokenizer: PreTrainedTokenizerBase, pairs: Int[ndarray, "n 2"]
 ) -> None:
     """Check items against their neighbours: [n, 2] (item, other item)."""
     texts, labels = [], catalogue.labels
@@ -236,13 +232,11 @@ def _check_chunk(
             raise boundary_error(tokenizer, what, apart, whole)
 
 
-def _encoded(frame: Frame, labels: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _encoded(frame: Frame, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return every piece that a catalogue is made of."""
     for item, label in enumerate(labels):
         if not frame.label(label):
-            raise CatalogueError(
-                f"item {item} has an empty title ({label!r}), so nothing names it; give it one"
-            )
+            raise CatalogueError(f"item {item} has an empty title ({label!r}), so nothing names it; give it one")
         if any("\ud800" <= letter <= "\udfff" for letter in label):
             raise CatalogueError(f"item {item} {label!r}: the title is not valid Unicode; mend its encoding")
     end = tokenizer.eos_token_id
@@ -266,7 +260,7 @@ def _encoded(frame: Frame, labels: Sequence[str], tokenizer: "PreTrainedTokenize
     }
 
 
-def _encode_one(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _encode_one(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens of a part of the frame, special tokens read as such, after a line of a list."""
     alone, together = encode(tokenizer, ["\n", "\n" + text], special_text=True)
     if together[: len(alone)] != alone:
@@ -287,9 +281,7 @@ def _check_items(items: Pieces, labels: Sequence[str], end: int) -> None:
     for item, label in enumerate(labels):
         tokens = items[item]
         if len(tokens) < 2:
-            raise CatalogueError(
-                f"item {item} {label!r} has no tokens under this tokenizer; give it another title"
-            )
+            raise CatalogueError(f"item {item} {label!r} has no tokens under this tokenizer; give it another title")
         first = seen.setdefault(tokens.tobytes(), item)
         if first != item:
             raise CatalogueError(

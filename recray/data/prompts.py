@@ -11,13 +11,11 @@ import difflib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from recray.data.tokenizer import special_tokens
 from recray.errors import CatalogueError, ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _HISTORY = "\u2402history\u2403"  # stands for the lines while a chat template lays its marks around them
 _CANDIDATES = "\u2402candidates\u2403"
@@ -63,9 +61,7 @@ def find_template(name: str) -> Template:
     """Return the template of this name, or raise `ConfigError` naming the nearest."""
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"no prompt template {name!r}; the nearest is {near!r}, there are: {', '.join(TEMPLATES)}"
-        )
+        raise ConfigError(f"no prompt template {name!r}; the nearest is {near!r}, there are: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
@@ -103,7 +99,7 @@ class Frame:
         return "".join([*parts, self.cue])
 
 
-def frame(template: Template, tokenizer: "PreTrainedTokenizerBase") -> Frame:
+def frame(template: Template, tokenizer: PreTrainedTokenizerBase) -> Frame:
     """Return what `template` writes for `tokenizer`.
 
     Raises:
@@ -137,7 +133,7 @@ def training_texts(template: Template, labels: Sequence[str]) -> Iterator[str]:
         yield f"- {' '.join(label.split())}\n"
 
 
-def _chat(template: Template, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str | None, str]:
+def _chat(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None, str]:
     """Return opening, between and cue with the marks of the tokenizer's chat template around them."""
     if not tokenizer.chat_template:
         raise CatalogueError(

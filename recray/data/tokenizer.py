@@ -1,18 +1,17 @@
 """Tokenizers: one trained on the catalogue for models made from scratch; encoding that keeps pieces apart."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recray.errors import CatalogueError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, END = "<pad>", "<bos>", "<end>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, so that no title is unknown, and the special tokens
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most `vocabulary` tokens, trained on `texts`.
 
     The same texts give the same tokenizer, in whatever order they come. Any text can be written and read
@@ -21,9 +20,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "PreTrainedTokeniz
     Raises:
         CatalogueError: if `vocabulary` has no room for the bytes and the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     if vocabulary < SMALLEST_VOCABULARY:
         raise CatalogueError(
             f"a vocabulary of {vocabulary} tokens is too small: 256 bytes and 3 special tokens need "
@@ -49,9 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "PreTrainedTokeniz
     )
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_text: bool
-) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_text: bool) -> list[list[int]]:
     """Return the tokens of each text, none added.
 
     Args:
@@ -72,7 +66,7 @@ def encode(
     return tokens
 
 
-def encode_after(tokenizer: "PreTrainedTokenizerBase", anchor: str, texts: Sequence[str]) -> list[list[int]]:
+def encode_after(tokenizer: PreTrainedTokenizerBase, anchor: str, texts: Sequence[str]) -> list[list[int]]:
     """Return the tokens that each text adds after `anchor`, in which special tokens are read as such.
 
     Encoding behind what really stands there gives sentence-piece tokenizers, which put a space before a text
@@ -97,20 +91,20 @@ def encode_after(tokenizer: "PreTrainedTokenizerBase", anchor: str, texts: Seque
     return after
 
 
-def holds_special(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[bool]:
+def holds_special(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[bool]:
     """Return for each text whether it spells one of the tokenizer's special tokens."""
     special = special_tokens(tokenizer)
     return [any(token in text for token in special) for text in texts]
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the text of every special token, those without a role (reserved, say) included."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(added | set(tokenizer.all_special_tokens)))
 
 
 def boundary_error(
-    tokenizer: "PreTrainedTokenizerBase", what: str, apart: Sequence[int], together: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, what: str, apart: Sequence[int], together: Sequence[int]
 ) -> CatalogueError:
     """Return the error that a boundary moved, showing both tokenisations from shortly before they part."""
     same = next((i for i, (a, b) in enumerate(zip(apart, together, strict=False)) if a != b), len(apart))
@@ -123,7 +117,7 @@ def boundary_error(
     )
 
 
-def _plain_tail(tokenizer: "PreTrainedTokenizerBase", anchor: str) -> str:
+def _plain_tail(tokenizer: PreTrainedTokenizerBase, anchor: str) -> str:
     """Return what follows the last special token in `anchor`."""
     ends = [anchor.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in anchor]
     return anchor[max(ends, default=0) :]

@@ -57,8 +57,7 @@ def make_model(
     """
     if hidden_size % (2 * heads):
         raise ModelError(
-            f"hidden_size {hidden_size} can't be cut into {heads} heads of an even size; use a multiple of "
-            f"{2 * heads}"
+            f"hidden_size {hidden_size} can't be cut into {heads} heads of an even size; use a multiple of {2 * heads}"
         )
     config = LlamaConfig(
         vocab_size=_rows_needed(tokenizer),
@@ -171,15 +170,22 @@ def open_recommender(
         CatalogueError: with both fingerprints, if these labels, the tokenizer or this version's prompts are
             not those the model was trained with.
     """
+    catalogue = open_catalogue(folder, labels)
+    model, _ = load_model(folder, dtype=dtype, attention=attention)
+    return model, catalogue
+
+
+def open_catalogue(folder: Path, labels: Sequence[str] | None = None) -> Catalogue:
+    """Return the catalogue of a model that recray trained, without loading its weights; raises as `open_recommender`."""
     prompt = load_prompt(folder)
     items = _read_json(folder / ITEMS_FILE, list) if labels is None else labels
-    model, tokenizer = load_model(folder, dtype=dtype, attention=attention)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     try:
         template = find_template(prompt["template"])
     except ConfigError as error:
-        raise CatalogueError(
-            f"{folder} was trained with a template that this recray lacks: {error}"
-        ) from None
+        raise CatalogueError(f"{folder} was trained with a template that this recray lacks: {error}") from None
     catalogue = Catalogue.build(items, tokenizer, template, prompt["max_tokens"])
     if catalogue.fingerprint != prompt["fingerprint"]:
         raise CatalogueError(
@@ -187,7 +193,14 @@ def open_recommender(
             f"version {prompt['version']}), but these {len(items)} items with template version "
             f"{template.version} are {catalogue.fingerprint}; use the items of its training, or train again"
         )
-    return model, catalogue
+    return catalogue
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the number format in which a model folder's weights were saved; float32 where it does not say."""
+    name = _read_json(folder / "config.json", dict).get("dtype", "float32")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def load_tokenizer(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -202,13 +215,12 @@ def load_tokenizer(folder_or_id: str | Path, *, trust_remote_code: bool = False)
     except Exception as error:
         # transformers and tokenizers raise whatever a broken file leads to, the bare Exception too.
         raise ModelError(
-            f"{source}: the tokenizer can't be loaded ({_first_line(error)}); expected tokenizer.json and "
-            f"tokenizer_config.json as saved by transformers"
+            f"{_known(source)}: the tokenizer can't be loaded ({_first_line(error)}); expected tokenizer.json "
+            f"and tokenizer_config.json as saved by transformers"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{source}: the tokenizer has no end-of-sequence token, so no item can end; set its eos_token "
-            f"and save it"
+            f"{source}: the tokenizer has no end-of-sequence token, so no item can end; set its eos_token and save it"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -219,9 +231,7 @@ def _read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            f"no {path}, so it is no recommender that recray trained; run `recray sft`"
-        ) from None
+        raise ModelError(f"no {path}, so it is no recommender that recray trained; run `recray sft`") from None
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error}); the folder is damaged, make it again") from None
     if not isinstance(value, kind):
@@ -237,17 +247,19 @@ def _source(folder_or_id: str | Path) -> str:
     if not looks_local and not folder.exists():
         return text
     if not folder.is_dir():
-        raise ModelError(
-            f"no model folder {folder}; name a folder with config.json, or a hub id like OWNER/NAME"
-        )
+        raise ModelError(f"no model folder {folder}; name a folder with config.json, or a hub id like OWNER/NAME")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    _read_json(folder / "config.json", dict)
     return str(folder)
 
 
-def _load_weights(
-    source: str, *, dtype: torch.dtype, trust_remote_code: bool, attention: str
-) -> PreTrainedModel:
+def _known(source: str) -> str:
+    """Return how a message names the source: of a hub id it says that no folder has this name."""
+    return source if Path(source).exists() else f"{source} (no folder here, so taken for a hub id)"
+
+
+def _load_weights(source: str, *, dtype: torch.dtype, trust_remote_code: bool, attention: str) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -256,12 +268,19 @@ def _load_weights(
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"{source}: the model can't be loaded ({_first_line(error)}); expected a causal language model "
-            f"as saved by transformers, weights as safetensors"
+            f"{_known(source)}: the model can't be loaded ({_first_line(error)}); expected a causal "
+            f"language model as saved by transformers, weights as safetensors"
         ) from error
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(
+            f"{source}: {name} has shape {list(found)} in the weights, but {list(expected)} by config.json; "
+            f"the two belong to different models, fetch or save the folder again"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
