@@ -1,0 +1,474 @@
+"""Interaction logs as users have them: where the files are, and rows of files to rows of recray's one schema.
+
+What can't be used is never dropped in silence: it leaves `cleaned_*` with a reason, and the counts add up.
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import fs as pafs
+
+from recray.config import Columns, Ingest
+from recray.data.hashing import hash_strings, mix
+from recray.data.reading import CONTENT, FAULT, FORMS, ROW, File, form_of, nearest
+from recray.errors import DataError
+from recray.schema import INTERACTIONS, ITEMS, REJECTED
+
+LATEST_TIME_S = 4_133_980_800  # 2101-01-01: no log is from later
+CONTENT_CHARACTERS = 500
+
+# Rows of a log after cleaning: usable ones have no reason, the others nothing but their place.
+CLEANED = pa.schema([*INTERACTIONS, *REJECTED])
+# Rows of published sequences, as `ingest/published` holds them.
+PUBLISHED = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("split", pa.string()),
+        ("user_id", pa.string()),
+        ("history", ITEMS),
+        ("target", pa.int32()),
+        ("candidates", ITEMS),
+    ]
+)
+CLEANED_SEQUENCES = pa.schema(
+    [
+        *PUBLISHED.remove(0),
+        ("file", pa.string()),
+        *list(REJECTED)[1:],
+    ]  # the row is the file's until it is kept
+)
+TRUTH = pa.schema([("user_id", pa.string()), ("liked", ITEMS)])  # items a synthetic user would like, but never met
+
+BELOW_RATING = "below min_rating"  # not a fault: counted, not set aside
+OTHER_SPLIT = "split that is not train, validation or test"
+LEFT_OUT = (BELOW_RATING, OTHER_SPLIT)
+SPLITS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+}
+SPLITS |= {"test": "test"}
+
+
+class Source(NamedTuple):
+    """The files of a user."""
+
+    fs: pafs.FileSystem
+    interactions: tuple[File, ...]
+    items_fs: pafs.FileSystem
+    items: tuple[File, ...]
+    sequences: tuple[File, ...]
+
+
+class LogColumns(NamedTuple):
+    """Which columns of one log file are read; without a clock, `time` is a position."""
+
+    user: str
+    item: str
+    time: str
+    rating: str | None
+    clock: bool
+
+    @property
+    def names(self) -> list[str]:
+        """The columns to read."""
+        return [name for name in (self.user, self.item, self.time, self.rating) if name is not None]
+
+
+def data_print(ingest: Ingest) -> str:
+    """Return a fingerprint of the data named: names, sizes and times of its files, or the synthetic settings.
+
+    Raises:
+        DataError: if the data, or its catalogue, is not there.
+    """
+    if ingest.data is None:
+        named: Any = ["synthetic", ingest.synthetic.model_dump(mode="json")]
+    else:
+        source = resolve(ingest)
+        named = [[list(file[1:]) for file in part] for part in (source.interactions, source.items, source.sequences)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+
+
+def resolve(ingest: Ingest) -> Source:
+    """Return the files that `ingest.data` and `ingest.items` name.
+
+    A folder that holds `interactions`, `items` or `sequences` (a file, or a folder of files) needs no mapping.
+    In any other folder every file is part of the log, except `items`.
+
+    Raises:
+        DataError: if nothing is there, nothing is readable, or there is no catalogue.
+    """
+    if ingest.data is None:
+        raise ValueError("no data is named: synthetic logs are generated first")
+    fs, base, files, is_folder = _find(ingest.data, "ingest.data")
+    sequences: list[File] = []
+    if is_folder:
+        interactions, sequences = _named(files, "interactions"), _named(files, "sequences")
+        if not interactions and not sequences:
+            interactions = [file for file in files if not _is_named(file, "items")]
+    else:
+        interactions = [file for file in files if not _is_named(file, "items")]
+    if not interactions and not sequences:
+        raise DataError(f"ingest.data {ingest.data}: no log in it; expected files that end in {_endings()}")
+    if ingest.items is not None:
+        items_fs, _, items, _ = _find(ingest.items, "ingest.items")
+    else:
+        items_fs, items = fs, _named(files if is_folder else _files_below(fs, base), "items")
+    if not items:
+        raise DataError(
+            f"ingest.data {ingest.data}: no catalogue lies beside the log; expected items.parquet, .csv or .jsonl with "
+            "an id and a title an item there, or set ingest.items to where it is"
+        )
+    return Source(fs, tuple(interactions), items_fs, tuple(items), tuple(sequences))
+
+
+def log_columns(file: File, names: Sequence[str], columns: Columns, min_rating: float | None) -> LogColumns:
+    """Return which columns of a log file mean what.
+
+    Raises:
+        DataError: naming the file, the setting, and the columns there are, if one is missing.
+    """
+    for setting, name in (("user", columns.user), ("item", columns.item)):
+        _require(file, names, name, f"ingest.columns.{setting}")
+    time = columns.time
+    if time is None:
+        time = next((name for name in ("timestamp", "position") if name in names), "timestamp")
+    _require(file, names, time, "ingest.columns.time")
+    rating = columns.rating or ("rating" if "rating" in names else None)
+    if rating is not None:
+        _require(file, names, rating, "ingest.columns.rating")
+    elif min_rating is not None:
+        raise DataError(
+            f"{file.name} has no column 'rating', which ingest.min_rating needs; set ingest.columns.rating "
+            f"or leave min_rating out ({nearest('rating', names)})"
+        )
+    return LogColumns(columns.user, columns.item, time, rating, clock=time != "position")
+
+
+def cleaned_interactions(
+    raw: pa.Table, file: File, columns: LogColumns, item_ids: pa.Array, *, min_rating: float | None, seed: int
+) -> pa.Table:
+    """Return rows of `CLEANED`, one a row of `raw` and in its order.
+
+    Args:
+        raw: what `read_piece` yields.
+        item_ids: the catalogue's ids as strings; their places are the dense items.
+        min_rating: rows rated lower are left out, rows without a rating set aside.
+    """
+    users, item_names = (as_text(_column(raw, name)) for name in (columns.user, columns.item))
+    items = pc.index_in(item_names, value_set=item_ids)
+    if columns.clock:
+        time, ceiling = as_seconds(_column(raw, columns.time)), LATEST_TIME_S
+    else:
+        time, ceiling = _floored(as_number(_column(raw, columns.time))), 2**62
+    rating = pc.cast(as_number(_column(raw, columns.rating)), pa.float32(), safe=False)
+    impossible = pc.fill_null(pc.or_(pc.less(time, 0), pc.greater_equal(time, ceiling)), True)
+    named = "timestamp" if columns.clock else "position"
+    reasons: list[tuple[pa.Array, str | pa.Array]] = [
+        (pc.is_valid(raw[FAULT]), raw[FAULT]),
+        (pc.is_null(users), "missing user id"),
+        (pc.is_null(item_names), "missing item id"),
+        (pc.is_null(_column(raw, columns.time)), f"missing {named}"),
+        (impossible, f"impossible {named}"),
+        (pc.is_null(items), "item not in the catalogue"),
+    ]
+    if min_rating is not None:
+        reasons.append((pc.is_null(rating), "missing or impossible rating"))
+        reasons.append((pc.less(rating, min_rating), BELOW_RATING))
+    reason = _first_reason(reasons)
+    if columns.clock:
+        numbers = pc.fill_null(items, -1).to_numpy(zero_copy_only=False)
+        tie_break = pa.array((mix(seed, hash_strings(users), numbers) >> np.uint64(1)).astype(np.int64))
+    else:
+        tie_break = time
+    values = [users, items, time, rating, tie_break]
+    places = _rejected_columns(raw, file, reason)
+    kept = [pc.if_else(pc.is_null(reason), value, pa.scalar(None, value.type)) for value in values]
+    return pa.table([pc.cast(each, field.type) for each, field in zip([*kept, *places], CLEANED, strict=True)], CLEANED)
+
+
+def cleaned_sequences(raw: pa.Table, file: File, item_ids: pa.Array) -> pa.Table:
+    """Return rows of `CLEANED_SEQUENCES`, one a row of `raw` and in its order.
+
+    A user without an id becomes `row-N`, N being the row of the file. Candidates may be missing, as a column or in a
+    row; a row that names an unknown item anywhere is set aside.
+    """
+    raw_split = as_text(_column(raw, "split"))
+    split = pc.index_in(raw_split, value_set=pa.array(list(SPLITS)))
+    split = pc.take(pa.array(list(SPLITS.values())), split)
+    history, unknown_history = mapped_lists(_column(raw, "history"), item_ids)
+    candidates, unknown_candidates = mapped_lists(_column(raw, "candidates"), item_ids)
+    target_names = as_text(_column(raw, "target"))
+    target = pc.index_in(target_names, value_set=item_ids)
+    reason = _first_reason(
+        [
+            (pc.is_valid(raw[FAULT]), raw[FAULT]),
+            (pc.is_null(raw_split), "missing split"),
+            (pc.is_null(split), OTHER_SPLIT),
+            (pc.equal(pc.fill_null(pc.list_value_length(history), 0), 0), "missing history"),
+            (pc.is_null(target_names), "missing target"),
+            (pc.is_null(target), "target not in the catalogue"),
+            (unknown_history, "item of the history not in the catalogue"),
+            (unknown_candidates, "candidate not in the catalogue"),
+        ]
+    )
+    nameless = pc.binary_join_element_wise("row", pc.cast(raw[ROW], pa.string()), "-")
+    users = pc.coalesce(as_text(_column(raw, "user_id")), nameless)
+    columns = [split, users, history, target, candidates, *_rejected_columns(raw, file, reason)]
+    arrays = [_one(column).cast(field.type) for column, field in zip(columns, CLEANED_SEQUENCES, strict=True)]
+    places = pc.coalesce(_one(arrays[6]), _one(raw[ROW]))
+    return pa.table(arrays, CLEANED_SEQUENCES).set_column(6, "row", places)
+
+
+def distinct(interactions: pa.Table) -> pa.Table:
+    """Return the interactions in order of user and time, exact repetitions dropped."""
+    if interactions.num_rows == 0:
+        return interactions
+    users = _one(interactions["user_id"]).dictionary_encode()
+    order = pc.rank(users.dictionary, tiebreaker="dense").to_numpy(zero_copy_only=False)
+    codes = order[users.indices.to_numpy(zero_copy_only=False)]
+    keys = [codes, *(interactions[name].to_numpy() for name in ("time", "tie_break", "item"))]
+    rating = pc.fill_null(interactions["rating"], -np.inf).to_numpy()
+    sorted_by = np.lexsort([rating, *reversed(keys)])
+    same = np.ones(len(codes) - 1, dtype=bool)
+    for key in (*keys, rating):
+        ordered = key[sorted_by]
+        same &= ordered[1:] == ordered[:-1]
+    return interactions.take(sorted_by[np.concatenate([[True], ~same])])
+
+
+def core(
+    users: NDArray[np.integer[Any]], items: NDArray[np.integer[Any]], *, min_user: int, min_item: int
+) -> NDArray[np.bool_]:
+    """Return which interactions are left when too short users and too rare items go, until none is left to go.
+
+    Args:
+        users, items: codes from 0, one pair an interaction.
+        min_user, min_item: least interactions.
+    """
+    kept = np.arange(len(users))
+    while len(kept):
+        enough_users = np.bincount(users[kept]) >= min_user
+        enough_items = np.bincount(items[kept]) >= min_item
+        stays = enough_users[users[kept]] & enough_items[items[kept]]
+        if stays.all():
+            break
+        kept = kept[stays]
+    mask = np.zeros(len(users), dtype=bool)
+    mask[kept] = True
+    return mask
+
+
+def sampled_users(users: pa.Array, most: int, seed: int) -> pa.Array:
+    """Return at most `most` of these distinct users: those whose seeded hash is smallest, whatever their order."""
+    hashes = mix(seed, hash_strings(users))
+    return users.take(np.sort(np.argsort(hashes, kind="stable")[:most]))
+
+
+def as_text(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return ids as strings: whole numbers without a point, the empty string and what is not a number as null."""
+    values = _one(values)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_finite(values), values, None)
+        if bool(pc.all(pc.equal(values, pc.floor(values)), skip_nulls=True).as_py() is not False):
+            values = pc.cast(values, pa.int64(), safe=False)
+    text = pc.cast(values, pa.string())
+    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def as_number(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return float64; null for what is no finite number."""
+    values = _one(values)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        text = pc.utf8_trim_whitespace(values)
+        is_number = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+        values = pc.cast(pc.if_else(is_number, text, pa.scalar(None, pa.string())), pa.float64())
+    elif not _is_numeric(values.type):
+        return pa.nulls(len(values), pa.float64())
+    values = pc.cast(values, pa.float64(), safe=False)
+    return pc.if_else(pc.is_finite(values), values, pa.scalar(None, pa.float64()))
+
+
+def as_seconds(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return int64 seconds since 1970, from numbers, timestamps, dates, or text of either; null where it is none.
+
+    Text is ISO 8601, with a date at least; without an offset it is UTC.
+    """
+    values = _one(values)
+    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
+        whole = pc.cast(values, pa.timestamp("s"), safe=False) if pa.types.is_date(values.type) else values
+        if pa.types.is_timestamp(whole.type) and whole.type.tz is not None:
+            whole = pc.cast(whole, pa.timestamp(whole.type.unit))
+        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[whole.type.unit]
+        return pc.cast(pc.floor(pc.divide(pc.cast(whole, pa.int64()), per_second)), pa.int64())
+    numbers = _floored(as_number(values))
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return numbers
+    return pc.coalesce(numbers, _iso_seconds(pc.if_else(pc.is_null(numbers), values, pa.scalar(None, values.type))))
+
+
+def _iso_seconds(text: pa.Array) -> pa.Array:
+    if text.null_count == len(text):
+        return pa.nulls(len(text), pa.int64())
+    parts = pc.extract_regex(
+        pc.utf8_trim_whitespace(text),
+        r"^(?P<day>\d{4}-\d\d-\d\d)(?:[T ](?P<clock>\d\d:\d\d)(?P<second>:\d\d)?(?:[.,]\d+)?)?"
+        r"(?P<zone>Z|(?P<sign>[+-])(?P<hours>\d\d):?(?P<minutes>\d\d))?$",
+    )
+
+    def part(name: str, default: str) -> pa.Array:
+        found = pc.struct_field(parts, name)
+        return pc.if_else(pc.equal(found, ""), default, found)
+
+    whole = pc.binary_join_element_wise(part("day", ""), "T", part("clock", "00:00"), part("second", ":00"), "")
+    seconds = pc.cast(pc.strptime(whole, format="%Y-%m-%dT%H:%M:%S", unit="s", error_is_null=True), pa.int64())
+    hours, minutes = (pc.cast(part(name, "0"), pa.int64()) for name in ("hours", "minutes"))
+    offset = pc.add(pc.multiply(hours, 3600), pc.multiply(minutes, 60))
+    return pc.subtract(seconds, pc.if_else(pc.equal(part("sign", "+"), "-"), pc.negate(offset), offset))
+
+
+def _is_numeric(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def _floored(numbers: pa.Array) -> pa.Array:
+    inside = pc.less(pc.abs(numbers), 2.0**62)
+    return pc.cast(pc.floor(pc.if_else(inside, numbers, pa.scalar(-1.0))), pa.int64())
+
+
+def mapped_lists(values: pa.Array | pa.ChunkedArray, item_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Return lists of dense items, and which rows name an item that is not in the catalogue."""
+    values = _one(values)
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        return pa.nulls(len(values), ITEMS), pa.array(np.zeros(len(values), dtype=bool))
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+    items = pc.index_in(as_text(values.flatten()), value_set=item_ids)
+    owners = np.repeat(np.arange(len(values)), lengths)
+    unknown = np.zeros(len(values), dtype=bool)
+    unknown[owners[pc.is_null(items).to_numpy(zero_copy_only=False)]] = True
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    nothing = pc.is_null(values)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pc.fill_null(items, -1), mask=nothing)
+    return lists, pa.array(unknown)
+
+
+def _first_reason(reasons: Sequence[tuple[Any, Any]]) -> pa.Array:
+    """Return the first reason that applies to each row; null where none does."""
+    reason: Any = pa.scalar(None, pa.string())
+    for applies, text in reversed(reasons):
+        reason = pc.if_else(pc.fill_null(applies, False), text, reason)
+    return _one(reason)
+
+
+def _rejected_columns(raw: pa.Table, file: File, reason: pa.Array) -> list[pa.Array]:
+    """Return file, row, reason and content, null where there is no reason. What is only left out keeps no content."""
+    gone = pc.is_valid(reason)
+    names = pc.if_else(gone, file.name, pa.scalar(None, pa.string()))
+    rows = pc.if_else(gone, raw[ROW], pa.scalar(None, pa.int64()))
+    aside = np.flatnonzero(
+        pc.and_not(gone, pc.is_in(reason, value_set=pa.array(LEFT_OUT))).to_numpy(zero_copy_only=False)
+    )
+    texts = np.full(len(reason), None, dtype=object)
+    texts[aside] = [_content(row) for row in raw.take(aside).to_pylist()]
+    return [_one(names), _one(rows), reason, pa.array(texts, pa.string())]
+
+
+def _content(row: dict[str, Any]) -> str:
+    content = row.pop(CONTENT)
+    if content is None:
+        content = {name: value for name, value in row.items() if name not in (ROW, FAULT)}
+    return json.dumps(content, default=str, ensure_ascii=False)[:CONTENT_CHARACTERS]
+
+
+def _column(table: pa.Table, name: str | None) -> pa.Array:
+    if name is None or name not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    return _one(table[name])
+
+
+def _one(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def _require(file: File, names: Sequence[str], name: str, setting: str) -> None:
+    if name not in names:
+        raise DataError(f"{file.name} has no column {name!r}; {nearest(name, names)}. Set {setting} to the right one")
+
+
+def _find(named: str, setting: str) -> tuple[pafs.FileSystem, str, list[File], bool]:
+    """Return the file system, the folder, the readable files, and whether the folder itself was named."""
+    wild = "*[" if "://" in named else "*?["
+    steps = named.split("/")
+    first_wild = next((place for place, step in enumerate(steps) if any(sign in step for sign in wild)), None)
+    fs, path = _file_system("/".join(steps[:first_wild]) if first_wild is not None else named, setting)
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"{setting} {named}: there is no such file or folder")
+    if info.type == pafs.FileType.File:
+        if form_of(path) is None:
+            raise DataError(f"{setting} {named}: expected a file that ends in {_endings()}")
+        return fs, path.rsplit("/", 1)[0], [_file(info, path.rsplit("/", 1)[0])], False
+    files = _files_below(fs, path)
+    if first_wild is not None:
+        files = [file for file in files if _matches(file.name.split("/"), steps[first_wild:])]
+    if not files:
+        raise DataError(f"{setting} {named}: no file there ends in {_endings()}")
+    return fs, path, files, first_wild is None
+
+
+def _file_system(path: str, setting: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in path:
+        return pafs.LocalFileSystem(), str(Path(path or "/").expanduser().resolve())
+    try:
+        fs, root = pafs.FileSystem.from_uri(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{setting} {path}: expected a path, or a URI that can be opened ({error})") from None
+    return fs, root.rstrip("/")
+
+
+def _files_below(fs: pafs.FileSystem, base: str) -> list[File]:
+    found = fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
+    files = [_file(info, base) for info in found if info.type == pafs.FileType.File and form_of(info.path)]
+    visible = [file for file in files if not any(step[0] in "._" for step in file.name.split("/"))]
+    return sorted(visible, key=lambda file: file.name)
+
+
+def _file(info: pafs.FileInfo, base: str) -> File:
+    return File(info.path, info.path.removeprefix(base).lstrip("/"), int(info.size or 0), int(info.mtime_ns or 0))
+
+
+def _is_named(file: File, stem: str) -> bool:
+    first = file.name.split("/")[0]
+    return first == stem or first.split(".")[0] == stem
+
+
+def _named(files: Sequence[File], stem: str) -> list[File]:
+    found = [file for file in files if _is_named(file, stem)]
+    tops = sorted({file.name.split("/")[0] for file in found})
+    if len(tops) > 1:
+        raise DataError(f"which is the table of {stem}: {', '.join(tops)}? Keep one of them there")
+    return found
+
+
+def _matches(steps: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not steps
+    if pattern[0] == "**":
+        return any(_matches(steps[place:], pattern[1:]) for place in range(len(steps) + 1))
+    return bool(steps) and fnmatch.fnmatchcase(steps[0], pattern[0]) and _matches(steps[1:], pattern[1:])
+
+
+def _endings() -> str:
+    return ", ".join("." + ending for ending in FORMS)
