@@ -1,0 +1,194 @@
+import json
+import os
+import runpy
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import recray.cli
+import recray.stages.cluster
+import recray.stages.flow
+from pipelines.recipes import RECIPES, find
+from recray import __version__
+from recray.config import Pipeline
+from recray.errors import ConfigError, DataError
+from recray.stages.flow import MAIN_JOB, STAGES
+
+ROOT = Path(__file__).parents[1]
+
+
+class Terminal:
+    """Runs command lines in this process, with a stand-in for Ray and for the stages."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = monkeypatch, capsys
+        self.ran: list[dict[str, Any]] = []
+        self.started_ray = False
+        self.error: Exception | None = None
+        monkeypatch.setattr(recray.stages.cluster, "connect", self._connect)
+        monkeypatch.setattr(recray.stages.flow, "run_stages", self._run_stages)
+        monkeypatch.setattr(recray.stages.cluster, "log_lines", lambda: None)
+
+    def _connect(self, resources: object) -> nullcontext[None]:
+        del resources
+        self.started_ray = True
+        return nullcontext()
+
+    def _run_stages(self, pipeline: Pipeline, workspace: object, names: object, *, force: object) -> None:
+        if self.error is not None:
+            raise self.error
+        self.ran.append({"pipeline": pipeline, "workspace": workspace, "names": names, "force": force})
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._patch.setattr(sys, "argv", ["recray", *arguments])
+        code: Any = 0
+        try:
+            recray.cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = self._capture.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def recray_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(monkeypatch, capsys)
+
+
+def test_there_is_a_command_for_every_stage(recray_line: Terminal) -> None:
+    assert list(recray.cli.STAGE_HELP) == list(STAGES)
+    code, out, _ = recray_line("--help")
+    assert code == 0
+    assert all(f" {name} " in out for name in (*STAGES, "run", "recipes", "config"))
+
+
+def test_help_is_there_in_half_a_second() -> None:
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "recray", "--help"], check=True, capture_output=True, cwd=ROOT)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    # Of processor time, so that a busy machine does not fail it.
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_the_version_is_the_packages(recray_line: Terminal) -> None:
+    assert recray_line("--version") == (0, f"recray {__version__}\n", "")
+
+
+def test_recipes_are_listed_with_what_they_are(recray_line: Terminal) -> None:
+    code, out, _ = recray_line("recipes")
+    assert code == 0
+    assert len(out.splitlines()) == len(RECIPES)
+    assert all(name in out and recipe.summary in out for name, recipe in RECIPES.items())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_valid_and_named_as_it_is_found(name: str) -> None:
+    pipeline = find(name).make()
+    assert pipeline.name == name
+    assert Pipeline.model_validate(pipeline.model_dump(mode="json")) == pipeline
+    assert pipeline.ingest.data is None
+
+
+def test_config_prints_what_run_would_run(recray_line: Terminal, tmp_path: Path) -> None:
+    options = ("--recipe", "demo", "--set", "align.steps=5", "--seed", "3", "--workers", "2")
+    code, out, _ = recray_line("config", *options)
+    printed = json.loads(out)
+    assert code == 0
+    assert (printed["align"]["steps"], printed["seed"], printed["resources"]["num_workers"]) == (5, 3, 2)
+    recray_line("run", "--workspace", str(tmp_path / "w"), *options)
+    assert recray_line.ran[0]["pipeline"].model_dump(mode="json") == printed
+
+
+def test_run_runs_the_main_job(recray_line: Terminal, tmp_path: Path) -> None:
+    assert recray_line("run", "--recipe", "demo", "--workspace", str(tmp_path))[0] == 0
+    assert recray_line.started_ray
+    assert recray_line.ran[0]["names"] == MAIN_JOB
+    assert recray_line.ran[0]["force"] == frozenset()
+
+
+def test_a_stage_command_runs_that_stage(recray_line: Terminal, tmp_path: Path) -> None:
+    for name in STAGES:
+        line = (name, "--recipe", "demo", "--workspace", str(tmp_path), "--force", name, "--force", "sft")
+        assert recray_line(*line)[0] == 0
+    assert [run["names"] for run in recray_line.ran] == [(name,) for name in STAGES]
+    assert recray_line.ran[0]["force"] == {"ingest", "sft"}
+
+
+def test_data_is_found_from_any_folder(recray_line: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    for given in ("logs", "logs/*.csv"):
+        line = ("run", "--recipe", "movielens", "--data", given, "--workspace", given.replace("/", "-"))
+        assert recray_line(*line)[0] == 0
+        assert recray_line.ran[-1]["pipeline"].ingest.data == str(tmp_path / given)
+    recray_line("run", "--recipe", "movielens", "--data", "s3://bucket/logs", "--workspace", "w")
+    assert recray_line.ran[-1]["pipeline"].ingest.data == "s3://bucket/logs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "movielen"], ["'movielen'", "nearest is 'movielens'"]),
+        (["--recipe", "demo", "--set", "align.step=3"], ["align.step", "align.steps"]),
+        (["--recipe", "demo", "--set", "align.steps=many"], ["align.steps", "integer", "many"]),
+        (["--recipe", "demo", "--config", "nowhere.json"], ["nowhere.json", "no such file"]),
+        (["--recipe", "demo", "--data", "nowhere"], ["--data", "nowhere", "no such file"]),
+        (["--recipe", "demo", "--data", "*.nothing"], ["--data", "no file matches"]),
+        (["--recipe", "demo", "--set", "ingest.items=nowhere"], ["ingest.items", "nowhere"]),
+        (["--recipe", "demo", "--set", "sft.model.path=./nowhere"], ["sft.model.path", "nowhere"]),
+        (["--recipe", "demo", "--force", "aling"], ["--force", "'aling'", "'align'"]),
+        (["--recipe", "demo", "--workers", "0"], ["resources.num_workers", "0"]),
+        (["--recipe", "movielens"], ["'movielens'", "--data"]),
+    ],
+)
+def test_a_wrong_configuration_is_told_before_anything_starts(
+    recray_line: Terminal, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    workspace = tmp_path / "w"
+    code, _, err = recray_line("run", "--workspace", str(workspace), *arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert all(word in err for word in words)
+    assert not recray_line.started_ray
+    assert not workspace.exists()
+
+
+def test_a_workspace_of_another_run_is_refused_before_anything_starts(recray_line: Terminal, tmp_path: Path) -> None:
+    recray_line("run", "--recipe", "demo", "--workspace", str(tmp_path))
+    recray_line.started_ray = False
+    code, _, err = recray_line("run", "--recipe", "sdpo", "--data", str(ROOT), "--workspace", str(tmp_path))
+    assert code == 1
+    assert "belongs to recipe 'demo'" in err
+    assert not recray_line.started_ray
+
+
+@pytest.mark.parametrize(("error", "code"), [(DataError("row 3"), 1), (ConfigError("row 3"), 2)])
+def test_an_error_of_recrays_own_has_no_traceback(
+    recray_line: Terminal, tmp_path: Path, error: Exception, code: int
+) -> None:
+    recray_line.error = error
+    line = recray_line("run", "--recipe", "demo", "--workspace", str(tmp_path))
+    assert line == (code, "", "error: row 3\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(recray_line: Terminal, tmp_path: Path) -> None:
+    recray_line.error = KeyError("bug")
+    with pytest.raises(KeyError):
+        recray_line("run", "--recipe", "demo", "--workspace", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["run", *STAGES])
+def test_a_script_does_what_its_command_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(recray.cli, "main", called.append)
+    runpy.run_module(f"pipelines.{name}", run_name="__main__")
+    assert called == [name]
