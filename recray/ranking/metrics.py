@@ -66,6 +66,21 @@ def reciprocal_rank(ranks: NDArray[Any]) -> Floats:
     return 1.0 / np.asarray(ranks, dtype=np.float64)
 
 
+def best_first(
+    scores: NDArray[Any], target_column: NDArray[Any], valid: NDArray[np.bool_], keep: int
+) -> Ints:
+    """Return the columns of the best candidates of every row, best first; [R, keep], -1 where fewer.
+
+    Among equal scores the target comes last and the others keep the order of their columns, so that the
+    target's place agrees with `ranks`.
+    """
+    scores = np.where(valid, scores, 0.0)
+    is_target = np.arange(scores.shape[1])[None, :] == np.asarray(target_column)[:, None]
+    # The last key is the first to decide: what is no candidate goes to the end, whatever its score.
+    order: Ints = np.lexsort((is_target, -scores, ~valid), axis=1)[:, :keep]
+    return np.where(np.take_along_axis(valid, order, axis=1), order, -1)
+
+
 def _refuse(faulty: NDArray[np.bool_], reason: str) -> None:
     if faulty.any():
         raise ValueError(f"row {int(np.flatnonzero(faulty)[0])} can't be ranked: {reason}")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recray.ranking.metrics import hit_rate, ndcg, ranks, reciprocal_rank
+from recray.ranking.metrics import best_first, hit_rate, ndcg, ranks, reciprocal_rank
 
 
 def test_hand_values() -> None:
@@ -72,3 +72,20 @@ def test_rows_that_cannot_be_ranked_are_named(
 
 def test_no_rows_give_no_ranks() -> None:
     assert ranks(np.zeros((0, 3)), np.zeros(0, dtype=int), np.zeros((0, 3), dtype=bool)).tolist() == []
+
+
+def test_best_first_by_hand() -> None:
+    scores = np.array([[0.1, 0.9, 0.9, 0.5], [3.0, np.nan, -np.inf, 1.0]])
+    valid = np.array([[True, True, True, True], [True, False, True, True]])
+    columns = best_first(scores, np.array([1, 2]), valid, 4)
+    assert columns.tolist() == [[2, 1, 3, 0], [0, 3, 2, -1]]
+    assert best_first(scores, np.array([1, 2]), valid, 1).tolist() == [[2], [0]]
+
+
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=12), st.data())
+def test_the_targets_place_is_its_rank(scores: list[int], data: st.DataObject) -> None:
+    target = np.array([data.draw(st.integers(0, len(scores) - 1))])
+    table, valid = np.array([scores], dtype=np.float32), np.ones((1, len(scores)), dtype=bool)
+    columns = best_first(table, target, valid, len(scores))
+    assert columns[0, ranks(table, target, valid)[0] - 1] == target[0]
+    assert sorted(columns[0].tolist()) == list(range(len(scores)))

@@ -1,0 +1,132 @@
+"""Evaluation rows in, ranked rows out: what every model does alike once it has scored.
+
+Axes: R rows, C candidates of the longest row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from recray.errors import DataError, ModelError
+from recray.ranking.metrics import best_first, ranks
+from recray.ranking.ragged import concatenated, padded
+from recray.schema import RANKED_ROWS
+
+
+class Batch(NamedTuple):
+    """What a model may see of some evaluation rows: everything but the target."""
+
+    rows: NDArray[np.int64]
+    histories: list[NDArray[Any]]
+    candidates: list[NDArray[Any]]
+
+
+Scorer = Callable[[Batch], list[NDArray[Any]]]
+
+
+class DotProducts(NamedTuple):
+    """Scores by the dot product of a row's user vector and the candidate's item vector."""
+
+    rows: NDArray[np.int64]  # [rows], ascending
+    user_vectors: NDArray[np.float32]  # [rows, dim]
+    item_vectors: NDArray[np.float32]  # [items, dim]
+
+    @classmethod
+    def of(cls, users: pa.Table, items: pa.Table) -> "DotProducts":
+        """Take tables of `schema.ROW_VECTORS` and `schema.ITEM_VECTORS`."""
+        users, items = users.sort_by("row"), items.sort_by("item")
+        return cls(users["row"].to_numpy(), _matrix(users["vector"]), _matrix(items["vector"]))
+
+    def __call__(self, batch: Batch) -> list[NDArray[Any]]:
+        """Return the scores of every row's candidates.
+
+        Raises:
+            DataError: if a row has no user vector.
+        """
+        place = np.searchsorted(self.rows, batch.rows)
+        known = (
+            np.take(self.rows, place, mode="clip") == batch.rows
+            if len(self.rows)
+            else batch.rows < batch.rows
+        )
+        if not known.all():
+            missing = int(batch.rows[~known][0])
+            raise DataError(f"row {missing} has no user vector; run `recray users --force users` again")
+        vectors = self.user_vectors[place]
+        return [
+            self.item_vectors[items] @ vector for vector, items in zip(vectors, batch.candidates, strict=True)
+        ]
+
+
+def batch_of(table: pa.Table) -> Batch:
+    """Return the rows of a `schema.EVALUATION` table without their targets."""
+    return Batch(table["row"].to_numpy(), lists(table["history"]), lists(table["candidates"]))
+
+
+def rank_rows(table: pa.Table, scores: list[NDArray[Any]], *, model: str, keep: int) -> pa.Table:
+    """Return `schema.RANKED_ROWS` of evaluation rows and the scores of their candidates.
+
+    Raises:
+        DataError: if a row's candidates don't hold its target exactly once.
+        ModelError: if scores are missing, too many, or NaN; names model and row.
+    """
+    rows, target = table["row"].to_numpy(), table["target"].to_numpy()
+    items, lengths = concatenated(lists(table["candidates"]))
+    flat, scored = concatenated(scores)
+    if not np.array_equal(lengths, scored):
+        raise ModelError(
+            f"{model} returned {scored.sum()} scores for the {lengths.sum()} candidates of {len(rows)} rows"
+        )
+    candidates, valid = padded(items, lengths, fill=-1)
+    is_target = (candidates == target[:, None]) & valid
+    times = is_target.sum(axis=1)
+    if (times != 1).any():
+        row = int(np.flatnonzero(times != 1)[0])
+        raise DataError(f"row {rows[row]}: its candidates hold the target {times[row]} times; expected once")
+    table_of_scores, _ = padded(flat, lengths, fill=0.0)
+    if np.isnan(table_of_scores).any():
+        row = int(np.flatnonzero(np.isnan(table_of_scores).any(axis=1))[0])
+        raise ModelError(
+            f"{model} scores a candidate of row {rows[row]} NaN; its weights are broken, fit it again"
+        )
+    column = is_target.argmax(axis=1)
+    best = best_first(table_of_scores, column, valid, keep)
+    columns = {
+        "model": pa.array([model] * len(rows)),
+        "row": table["row"],
+        "user_id": table["user_id"],
+        "target": table["target"],
+        "num_candidates": lengths.astype(np.int32),
+        "rank": ranks(table_of_scores, column, valid).astype(np.int32),
+        "ranked": _list_array(np.take_along_axis(candidates, best, axis=1), best >= 0),
+    }
+    return pa.table(columns).cast(RANKED_ROWS)
+
+
+def lists(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """Return a list column as one array a row."""
+    flat, lengths = flat_lists(column)
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def flat_lists(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return (values end to end, length of each list) of a list column."""
+    lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return pc.list_flatten(column).to_numpy(), lengths
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    flat, lengths = flat_lists(column)
+    if len(np.unique(lengths)) > 1:
+        raise DataError(f"vectors of {lengths.min()} to {lengths.max()} numbers; expected one length")
+    matrix: NDArray[np.float32] = flat.astype(np.float32).reshape(len(lengths), -1)
+    return matrix
+
+
+def _list_array(table: NDArray[Any], valid: NDArray[np.bool_]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(valid.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, table[valid].astype(np.int32))

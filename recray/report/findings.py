@@ -1,0 +1,116 @@
+"""What came out, in sentences: each difference with its interval, and whether it is more than chance explains."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from recray.report.tables import Entry, headline_measure, measure_name, model_name, plain, signed
+
+
+class Finding(NamedTuple):
+    """One paired difference, judged."""
+
+    pair: str
+    measure: str
+    interval: Mapping[str, float | None]
+    verdict: str
+
+
+BEYOND = {
+    1: "better, by more than the interval",
+    -1: "worse, by more than the interval",
+    0: "no difference beyond the interval",
+}
+
+
+def verdict(interval: Mapping[str, float | None]) -> int | None:
+    """Return 1 if the whole interval lies above zero, -1 if below, 0 if it holds zero, None if it is not known."""
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None:
+        return None
+    return int(low > 0) - int(high < 0)
+
+
+def findings(differences: Sequence[Entry]) -> list[Finding]:
+    """Return every pair's difference in the headline measure, judged; none where there is no such measure."""
+    measure = headline_measure(differences)
+    if measure is None:
+        return []
+    return [
+        Finding(
+            f"{model_name(entry['model'])} − {model_name(entry['minus'])}",
+            measure,
+            entry[measure],
+            _word(verdict(entry[measure])),
+        )
+        for entry in differences
+    ]
+
+
+def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidence: float) -> list[str]:
+    """Return the sentences that open the report, from what numbers there are.
+
+    Args:
+        metrics: `evaluate/metrics.json`.
+        differences: `evaluate/differences.json`.
+        confidence: of the intervals.
+    """
+    measure = headline_measure(metrics)
+    if measure is None:
+        return ["This workspace has no evaluation yet, so there is nothing to conclude."]
+    by_model = {entry["model"]: entry for entry in metrics}
+    paired = {(entry["model"], entry["minus"]): entry for entry in differences}
+    sentences = [
+        f"Measured on {metrics[0]['rows']:,} held-out rows of {metrics[0]['users']:,} users, "
+        f"every model ranking the same candidates; differences come with "
+        f"{100 * confidence:g} % intervals, clustered by user."
+    ]
+    for first, second in (("aligned", "sft"), ("sft", "popularity"), ("sft", "cooccurrence")):
+        if (first, second) in paired and {first, second} <= by_model.keys():
+            difference = paired[first, second][measure]
+            values = by_model[first][measure]["value"], by_model[second][measure]["value"]
+            sentences.append(_comparison(first, second, measure, values, difference))
+    return sentences + _popularity_shift(by_model)
+
+
+def _comparison(
+    first: str, second: str, measure: str, values: tuple[float, float], difference: Mapping[str, Any]
+) -> str:
+    name, other = _in_a_sentence(first), _in_a_sentence(second)
+    start = name[:1].upper() + name[1:]
+    numbers = f"{measure_name(measure)} {plain(values[0])} against {plain(values[1])}"
+    change = f"{signed(difference['value'])}, from {signed(difference['low'])} to {signed(difference['high'])}"
+    judged = verdict(difference)
+    if judged is None:
+        return f"{start} and {other}: {numbers} ({signed(difference['value'])}); too few users for an interval."
+    if judged == 0:
+        return (
+            f"{start} can't be told from {other}: {numbers}, and the interval of the difference ({change}) holds zero."
+        )
+    word = "better" if judged > 0 else "worse"
+    return f"{start} ranks {word} than {other}, by more than the interval: {numbers} ({change})."
+
+
+def _popularity_shift(by_model: Mapping[str, Entry]) -> list[str]:
+    if not {"sft", "aligned"} <= by_model.keys():
+        return []
+    before, after = (by_model[model].get("average_popularity") for model in ("sft", "aligned"))
+    if before is None or after is None:
+        return []
+    return [
+        f"What the aligned model shows first has {plain(after['value'], 1)} training interactions on average; "
+        f"before alignment it was {plain(before['value'], 1)}."
+    ]
+
+
+def _in_a_sentence(model: str) -> str:
+    known = {
+        "aligned": "the aligned model",
+        "sft": "the SFT model",
+        "popularity": "popularity",
+        "cooccurrence": "co-occurrence",
+    }
+    return known.get(model, model_name(model))
+
+
+def _word(judged: int | None) -> str:
+    return "too few users for an interval" if judged is None else BEYOND[judged]

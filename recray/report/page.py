@@ -1,0 +1,182 @@
+"""The report: one HTML page that stands alone, from plain data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from recray.report import plots, tables
+from recray.report.findings import findings, summary
+from recray.workspace import Manifest
+
+MOST_FACTS = 24  # of a stage, on the page; the manifest has them all
+
+FIT_NAMES = {"users": "SASRec", "sft": "Supervised fine-tuning", "align": "Alignment"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One recommended item of an example."""
+
+    title: str
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one model showed for an example, best first."""
+
+    model: str
+    rank: int
+    shown: list[Shown]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test row: what the user had met, what came next, what each model showed."""
+
+    user_id: str
+    history: list[str]  # titles, the latest last
+    target: str
+    num_candidates: int
+    columns: list[Column]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that the page shows; anything but the name may be missing."""
+
+    name: str
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)  # in the order of the run
+    metrics: Sequence[tables.Entry] = ()
+    differences: Sequence[tables.Entry] = ()
+    exposure: Mapping[str, Any] | None = None
+    fits: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # metrics lines by stage
+    examples: Sequence[Example] = ()
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+    confidence: float = 0.95
+
+
+def render(contents: Contents) -> str:
+    """Return the page.
+
+    Nothing on it is loaded from elsewhere: style and pictures are inside. All text is escaped, titles of a catalogue
+    above all.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": tables.plain,
+        "signed": tables.signed,
+        "model": tables.model_name,
+        "measure": tables.measure_name,
+    }
+    template = environment.get_template("page.html")
+    return template.render(
+        contents=contents,
+        summary=summary(contents.metrics, contents.differences, confidence=contents.confidence),
+        findings=findings(contents.differences),
+        measures=_table_measures(contents.metrics),
+        pictures=_pictures(contents),
+        fits=_fits(contents),
+        stages=_stages(contents.manifests),
+        total_seconds=sum(manifest.seconds for manifest in contents.manifests.values()),
+        versions=_versions(contents.manifests),
+        configuration=json.dumps(contents.pipeline, indent=2, ensure_ascii=False),
+    )
+
+
+def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return facts as (name, text) pairs: groups by dotted names, intervals in one line, long lists by their length."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value.keys() == {"value", "low", "high"}:
+            low, high = tables.plain(value["low"]), tables.plain(value["high"])
+            pairs.append((name, f"{tables.plain(value['value'])} ({low} to {high})"))
+        elif isinstance(value, Mapping):
+            pairs += flat_facts(value, f"{name} · ")
+        else:
+            pairs.append((name, _text(value)))
+    return pairs
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}".replace("-", "−")
+    if isinstance(value, list):
+        texts = [_text(each) for each in value[:6]]
+        return ", ".join(texts) + (f", … ({len(value)} in all)" if len(value) > 6 else "")
+    return str(value)
+
+
+def _table_measures(metrics: Sequence[tables.Entry]) -> list[str]:
+    """Return the ranking measures of the page's table; NDCG@1 is HR@1 and left out."""
+    return [name for name in tables.rank_measures(metrics) if name != "ndcg@1"]
+
+
+def _pictures(contents: Contents) -> dict[str, Markup | None]:
+    exposure = contents.exposure
+    chosen = None if exposure is None else exposure.get("chosen_average_popularity")
+    drawn = {
+        "differences": plots.difference_picture(contents.differences),
+        "popularity": plots.popularity_picture(contents.metrics, chosen),
+        "exposure": None if exposure is None else plots.exposure_picture(exposure),
+    }
+    # Drawn by us from numbers and fixed names: no text of a user's is in them.
+    return {name: None if svg is None else Markup(svg) for name, svg in drawn.items()}
+
+
+def _fits(contents: Contents) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    found = []
+    for stage, lines in contents.fits.items():
+        panels = [(panel.title, Markup(panel.svg)) for panel in plots.curve_panels(lines)]
+        if panels:
+            found.append((FIT_NAMES.get(stage, stage), panels))
+    return found
+
+
+def _stages(manifests: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+    longest = max((manifest.seconds for manifest in manifests.values()), default=0.0)
+    stages = []
+    for name, manifest in manifests.items():
+        facts = flat_facts(manifest.facts)
+        stages.append(
+            {
+                "name": name,
+                "reads": [(source, manifests[source].counts) for source in manifest.inputs if source in manifests],
+                "counts": manifest.counts,
+                "seconds": manifest.seconds,
+                "share": 100 * manifest.seconds / longest if longest else 0.0,
+                "facts": facts[:MOST_FACTS],
+                "more_facts": max(0, len(facts) - MOST_FACTS),
+                "fingerprint": manifest.fingerprint,
+                "version": manifest.version,
+                "seed": manifest.seed,
+                "finished": manifest.finished,
+            }
+        )
+    return stages
+
+
+def _versions(manifests: Mapping[str, Manifest]) -> list[tuple[str, str]]:
+    """Return each library with its version, or all versions where stages ran under several."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests.values():
+        for library, version in manifest.versions.items():
+            if version not in found.setdefault(library, []):
+                found[library].append(version)
+    return [(library, ", ".join(versions)) for library, versions in found.items()]

@@ -1,0 +1,205 @@
+"""Every model ranks the same candidates of the same test rows; numbers come with intervals and baselines."""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy
+from rich.console import Console
+
+from recray.errors import DataError
+from recray.lm.scorer import load_scorer
+from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
+from recray.ranking.ragged import padded
+from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, rank_rows
+from recray.ranking.summary import Ranked, Settings, differences, exposure, summaries
+from recray.report.tables import results_table
+from recray.stages.flow import Job
+from recray.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 256  # what a model is handed; it cuts by its own token budget below that
+
+OpenScorer = Callable[[], Scorer]
+
+
+class Training(NamedTuple):
+    """What the counting models know: the training histories, end to end."""
+
+    items: NDArray[Any]
+    lengths: NDArray[np.int64]
+    num_items: int
+
+
+class Model(NamedTuple):
+    """A model to evaluate: how a process far away gets to score with it."""
+
+    name: str
+    opener: Callable[[Job, Training], OpenScorer]
+    needs_accelerator: bool = False
+
+
+def run(job: Job) -> None:
+    """Rank `sequences/test` with every model of `MODELS`, and sum up.
+
+    Raises:
+        DataError: if there are no test rows, or a model did not rank each of them once.
+        ModelError: if a model can't be loaded or scores NaN.
+    """
+    training = _training(job.workspace)
+    test = job.workspace.table("sequences", "test", columns=["row", "user_id", "target"]).sort_by("row")
+    if test.num_rows == 0:
+        raise DataError(
+            "sequences/test has no rows, so there is nothing to evaluate; see sequences.test_fraction"
+        )
+    seconds = {}
+    for model in MODELS:
+        started = time.monotonic()
+        _rank(job, model, training)
+        seconds[model.name] = round(time.monotonic() - started, 1)
+        logger.info(
+            "evaluate: %s ranked %s rows in %.1f s", model.name, f"{test.num_rows:,}", seconds[model.name]
+        )
+    ranked = {model.name: _ranked(job, model.name, test) for model in MODELS}
+    job.out.counts["rows"] = test.num_rows * len(MODELS)
+    job.out.facts["seconds"] = seconds
+    _sum_up(job, ranked, test, item_popularity(training.items, training.num_items))
+
+
+def _popularity(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001  every opener is called alike
+    counts = item_popularity(training.items, training.num_items)
+    return partial(_counting_scorer, ray.put(Popularity(counts)))
+
+
+def _cooccurrence(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
+    return partial(_counting_scorer, ray.put(Cooccurrence.of(*training)))
+
+
+def _sasrec(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
+    vectors = DotProducts.of(job.workspace.table("users", "test"), job.workspace.table("users", "items"))
+    return partial(ray.get, ray.put(vectors))
+
+
+def _language_model(stage: str) -> Callable[[Job, Training], OpenScorer]:
+    def opener(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
+        return partial(
+            _language_scorer,
+            job.workspace,
+            stage,
+            tokens_per_micro_batch=job.part.tokens_per_micro_batch,
+            threads=job.resources.threads_per_worker,
+        )
+
+    return opener
+
+
+MODELS = (
+    Model("popularity", _popularity),
+    Model("cooccurrence", _cooccurrence),
+    Model("sasrec", _sasrec),
+    Model("sft", _language_model("sft"), needs_accelerator=True),
+    Model("aligned", _language_model("align"), needs_accelerator=True),
+)
+
+# What the run is judged by: the first minus the second, on the same rows.
+PAIRS = (("aligned", "sft"), ("sft", "popularity"), ("sft", "cooccurrence"), ("aligned", "sasrec"))
+
+
+def _counting_scorer(stored: Any) -> Scorer:
+    """Return a counting model from the object store, where its arrays are shared and not copied."""
+    model: Popularity | Cooccurrence = ray.get(stored)
+
+    def score(batch: Batch) -> list[NDArray[Any]]:
+        return model(batch.histories, batch.candidates)
+
+    return score
+
+
+def _language_scorer(
+    workspace: Workspace, stage: str, *, tokens_per_micro_batch: int, threads: int
+) -> Scorer:
+    """Return a language model's scorer, its folder opened where it is used: this may be another machine."""
+    torch.set_num_threads(threads)
+    scorer = load_scorer(workspace.folder(stage, "model"), tokens_per_micro_batch=tokens_per_micro_batch)
+
+    def score(batch: Batch) -> list[NDArray[Any]]:
+        return scorer(batch.histories, batch.candidates)
+
+    return score
+
+
+class RankRows:
+    """A replica of one model that ranks batches of evaluation rows."""
+
+    def __init__(self, model: str, open_scorer: OpenScorer, keep: int) -> None:
+        self._model = model
+        self._scorer = open_scorer()
+        self._keep = keep
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return the rows of `schema.RANKED_ROWS` for rows of `schema.EVALUATION`."""
+        return rank_rows(table, self._scorer(batch_of(table)), model=self._model, keep=self._keep)
+
+
+def _training(workspace: Workspace) -> Training:
+    histories = workspace.table("sequences", "histories", columns=["items"])
+    items = workspace.table("ingest", "items", columns=["item"])
+    return Training(*flat_lists(histories["items"]), items.num_rows)
+
+
+def _rank(job: Job, model: Model, training: Training) -> None:
+    """Write one model's ranked rows beside those of the others."""
+    resources = job.resources
+    rows = ray.data.read_parquet(job.workspace.path("sequences", "test"), filesystem=job.workspace.fs)
+    ranked = rows.repartition(target_num_rows_per_block=ROWS_AT_ONCE).map_batches(
+        RankRows,
+        fn_constructor_args=(model.name, model.opener(job, training), job.part.keep_ranked),
+        batch_format="pyarrow",
+        batch_size=ROWS_AT_ONCE,
+        compute=ActorPoolStrategy(size=resources.data_actors),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker if model.needs_accelerator else 0,
+    )
+    ranked.write_parquet(job.out.path("rows"), filesystem=job.out.fs)
+
+
+def _ranked(job: Job, model: str, test: pa.Table) -> Ranked:
+    """Read one model's rows back in the order of the test rows, none missing and none twice."""
+    written = pads.dataset(job.out.path("rows"), filesystem=job.out.fs, format="parquet")
+    table = written.to_table(columns=["row", "rank", "ranked"], filter=pads.field("model") == model)
+    table = table.sort_by("row")
+    if not np.array_equal(table["row"].to_numpy(), test["row"].to_numpy()):
+        raise DataError(
+            f"{model} ranked {table.num_rows} rows, but sequences/test has {test.num_rows}, each to be once"
+        )
+    recommended, _ = padded(*flat_lists(table["ranked"]), fill=-1)
+    return Ranked(table["rank"].to_numpy().astype(np.int64), recommended.astype(np.int64))
+
+
+def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDArray[np.int64]) -> None:
+    """Write and show the metrics, the paired differences and what is shown to whom."""
+    part = job.part
+    settings = Settings(part.ks, part.bootstrap_samples, part.confidence, job.seed)
+    users = test["user_id"].to_numpy(zero_copy_only=False).astype(str)
+    metrics = summaries(ranked, users, popularity, settings)
+    paired = differences(ranked, PAIRS, users, popularity, settings)
+    job.out.write_json("metrics.json", metrics)
+    job.out.write_json("differences.json", paired)
+    job.out.write_json("exposure.json", exposure(ranked, test["target"].to_numpy(), popularity))
+    headline = f"ndcg@{max([k for k in part.ks if k <= 10] or part.ks)}"
+    job.out.facts |= {
+        "test_rows": test.num_rows,
+        "users": len(np.unique(users)),
+        headline: {each["model"]: each[headline] for each in metrics},
+        f"{headline} differences": {f"{each['model']} - {each['minus']}": each[headline] for each in paired},
+    }
+    Console().print(results_table(metrics, confidence=part.confidence))

@@ -1,0 +1,191 @@
+"""The evaluate stage on a tiny workspace: Ray Data, counting models, vectors, and small language models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recray import schema
+from recray.config import Evaluate, Pipeline, Resources
+from recray.data.catalogue import Catalogue
+from recray.data.prompts import find_template
+from recray.data.tokenizer import train_tokenizer
+from recray.errors import DataError
+from recray.lm.load import make_model, save_model
+from recray.lm.scorer import load_scorer
+from recray.ranking.metrics import ranks
+from recray.ranking.rows import batch_of, rank_rows
+from recray.stages import evaluate
+from recray.stages.flow import Job
+from recray.workspace import Workspace
+
+ITEMS, TEST_ROWS, USERS, DIM = 30, 40, 12, 4
+LABELS = [f"The {name} {number}" for number in range(6) for name in ("River", "Stone", "Garden", "Night", "Door")]
+
+
+def _evaluation(generator: np.random.Generator) -> pa.Table:
+    rows = []
+    for row in range(TEST_ROWS):
+        candidates = generator.permutation(ITEMS)[: generator.integers(3, 9)]
+        rows.append(
+            {
+                "row": row * 7 + 3,  # row numbers need not be 0, 1, 2
+                "user_id": f"user {row % USERS}",
+                "history": generator.integers(0, ITEMS, size=generator.integers(0, 6)).tolist(),
+                "target": int(generator.choice(candidates)),
+                "candidates": candidates.tolist(),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=schema.EVALUATION)
+
+
+def _model_folder(folder: Path, seed: int) -> Path:
+    tokenizer = train_tokenizer(LABELS, 300)
+    catalogue = Catalogue.build(LABELS, tokenizer, find_template("titles"), 64)
+    model = make_model(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=32, max_positions=128, seed=seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20.0)  # scores far enough apart for ranks to be stable
+    save_model(folder, model, tokenizer, catalogue)
+    return folder
+
+
+def _write(workspace: Workspace, stage: str, tables: dict[str, pa.Table], model: Path | None = None) -> None:
+    with workspace.stage(stage, version=1, part={}, seed=0, inputs={}) as out:
+        for name, table in tables.items():
+            out.write_table(name, table)
+        if model is not None:
+            out.write_folder("model", model)
+
+
+def _fill(workspace: Workspace, folder: Path, test: pa.Table) -> None:
+    generator = np.random.default_rng(1)
+    items = pa.Table.from_pylist(
+        [{"item": i, "item_id": str(i), "title": LABELS[i], "label": LABELS[i], "genres": []} for i in range(ITEMS)],
+        schema=schema.CATALOGUE,
+    )
+    histories = pa.Table.from_pylist(
+        [
+            {"row": u, "user_id": f"user {u}", "items": generator.integers(0, ITEMS, size=15).tolist()}
+            for u in range(USERS)
+        ],
+        schema=schema.HISTORIES,
+    )
+    item_vectors = {"item": range(ITEMS), "vector": generator.normal(size=(ITEMS, DIM)).tolist()}
+    rows = test["row"].to_pylist()[::-1]  # not in the order of the test rows
+    row_vectors = {"row": rows, "vector": generator.normal(size=(len(rows), DIM)).tolist()}
+    _write(workspace, "ingest", {"items": items})
+    _write(workspace, "sequences", {"histories": histories, "test": test})
+    vectors = {
+        "items": pa.table(item_vectors, schema=schema.ITEM_VECTORS),
+        "test": pa.table(row_vectors, schema=schema.ROW_VECTORS),
+    }
+    _write(workspace, "users", vectors)
+    _write(workspace, "sft", {}, _model_folder(folder / "sft", seed=0))
+    _write(workspace, "align", {}, _model_folder(folder / "align", seed=1))
+
+
+def _run(workspace: Workspace, part: Evaluate) -> None:
+    pipeline = Pipeline(name="test", seed=3, evaluate=part)
+    with workspace.stage("evaluate", version=1, part=part.model_dump(mode="json"), seed=3, inputs={}) as out:
+        evaluate.run(Job(part, 3, Resources(threads_per_worker=1), workspace, out, "print", pipeline))
+
+
+@pytest.fixture(scope="module")
+def evaluated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Workspace:  # noqa: ARG001
+    folder = tmp_path_factory.mktemp("evaluate")
+    workspace = Workspace(str(folder / "workspace"))
+    _fill(workspace, folder, _evaluation(np.random.default_rng(0)))
+    _run(workspace, Evaluate(ks=(1, 3, 10), bootstrap_samples=200, keep_ranked=3))
+    return workspace
+
+
+def test_every_model_ranks_every_row_once(evaluated: Workspace) -> None:
+    rows = evaluated.table("evaluate", "rows")
+    assert rows.schema.equals(schema.RANKED_ROWS)
+    test = evaluated.table("sequences", "test")
+    found = sorted(zip(rows["model"].to_pylist(), rows["row"].to_pylist(), strict=True))
+    models = ["popularity", "cooccurrence", "sasrec", "sft", "aligned"]
+    assert found == sorted((model, row) for model in models for row in test["row"].to_pylist())
+    assert evaluated.require("evaluate").counts == {"rows": 5 * TEST_ROWS}
+
+
+def test_ranks_are_those_of_each_models_own_scores(evaluated: Workspace) -> None:
+    test = evaluated.table("sequences", "test")
+    item_vectors = np.array(evaluated.table("users", "items")["vector"].to_pylist())
+    row_vectors = dict(zip(*evaluated.table("users", "test").to_pydict().values(), strict=True))
+    scorer = load_scorer(evaluated.folder("align", "model"), tokens_per_micro_batch=512)
+    batch = batch_of(test)
+    aligned = scorer(batch.histories, batch.candidates)
+    found = {(row["model"], row["row"]): row for row in evaluated.table("evaluate", "rows").to_pylist()}
+    for scores, row in zip(aligned, test.to_pylist(), strict=True):
+        sasrec = item_vectors[row["candidates"]] @ np.array(row_vectors[row["row"]])
+        for model, expected in (("sasrec", sasrec), ("aligned", scores)):
+            column = np.array([row["candidates"].index(row["target"])])
+            rank = ranks(expected[None], column, np.ones((1, len(expected)), dtype=bool))[0]
+            got = found[model, row["row"]]
+            assert got["rank"] == rank
+            assert got["num_candidates"] == len(row["candidates"])
+            best = np.array(row["candidates"])[np.argsort(-expected)][:3]
+            assert got["ranked"] == best.tolist()
+
+
+def test_metrics_are_means_of_the_rows(evaluated: Workspace) -> None:
+    metrics = {entry["model"]: entry for entry in evaluated.json("evaluate", "metrics.json")}
+    rows = evaluated.table("evaluate", "rows").to_pylist()
+    for model, entry in metrics.items():
+        own = np.array([row["rank"] for row in rows if row["model"] == model])
+        assert entry["hr@3"]["value"] == pytest.approx((own <= 3).mean())
+        assert entry["mrr"]["value"] == pytest.approx((1 / own).mean())
+        assert entry["hr@3"]["low"] <= entry["hr@3"]["value"] <= entry["hr@3"]["high"]
+        first = {row["ranked"][0] for row in rows if row["model"] == model}
+        assert entry["coverage"] == pytest.approx(len(first) / ITEMS)
+        assert {"coverage@3", "average_popularity@3"} <= entry.keys()
+        assert "coverage@10" not in entry  # three items a row were kept
+        assert (entry["rows"], entry["users"]) == (TEST_ROWS, USERS)
+
+
+def test_differences_are_paired(evaluated: Workspace) -> None:
+    metrics = {entry["model"]: entry for entry in evaluated.json("evaluate", "metrics.json")}
+    paired = evaluated.json("evaluate", "differences.json")
+    assert [(entry["model"], entry["minus"]) for entry in paired] == list(evaluate.PAIRS)
+    for entry in paired:
+        apart = metrics[entry["model"]]["ndcg@10"]["value"] - metrics[entry["minus"]]["ndcg@10"]["value"]
+        assert entry["ndcg@10"]["value"] == pytest.approx(apart)
+        assert entry["ndcg@10"]["low"] <= apart <= entry["ndcg@10"]["high"]
+
+
+def test_exposure_and_facts_are_json(evaluated: Workspace) -> None:
+    exposure = evaluated.json("evaluate", "exposure.json")
+    assert all(sum(shares) == pytest.approx(1.0) for shares in exposure["models"].values())
+    assert sum(exposure["chosen"]) == pytest.approx(1.0)
+    facts = evaluated.require("evaluate").facts
+    assert facts["test_rows"] == TEST_ROWS
+    assert "NaN" not in json.dumps(facts)
+
+
+def test_no_test_rows_is_an_error_that_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    _fill(workspace, tmp_path, schema.EVALUATION.empty_table())
+    with pytest.raises(DataError, match="no rows"):
+        _run(workspace, Evaluate())
+    assert not workspace.exists("evaluate")
+
+
+@pytest.mark.parametrize("kept", [[*range(1, TEST_ROWS)], [*range(TEST_ROWS), 0]], ids=["lost", "twice"])
+def test_rows_that_were_lost_or_ranked_twice_are_refused(
+    kept: list[int], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = _evaluation(np.random.default_rng(0))
+    _fill(workspace, tmp_path, test)
+
+    def write(job: Job, model: evaluate.Model, _: evaluate.Training) -> None:
+        scores = [np.arange(len(row)) for row in batch_of(test).candidates]
+        ranked = rank_rows(test, scores, model=model.name, keep=3)
+        job.out.write_table("rows", ranked.take(pa.array(kept)))
+
+    monkeypatch.setattr(evaluate, "_rank", write)
+    with pytest.raises(DataError, match=r"popularity ranked (39|41) rows, but sequences/test has 40"):
+        _run(workspace, Evaluate())
+    assert not workspace.exists("evaluate")
