@@ -16,9 +16,7 @@ from recray.ranking.ragged import concatenated
 Ints = NDArray[np.int64]
 Rows = list[NDArray[Any]]
 
-LATEST_ITEMS = (
-    200  # of a training history, for pairs: a few users with thousands of items would outvote all others
-)
+LATEST_ITEMS = 200  # of a training history, for pairs: a few users with thousands of items would outvote all others
 _PAIRS_AT_ONCE = 8_000_000  # unsorted pair keys held in memory at a time: 64 MB
 _LOOKUPS_AT_ONCE = 2_000_000
 

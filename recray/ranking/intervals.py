@@ -47,9 +47,7 @@ def clustered_means(
     values = np.asarray(values, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
     if len(values) == 0 or len(values) != len(users):
-        raise ValueError(
-            f"expected as many users as rows and at least one, got {len(values)} and {len(users)}"
-        )
+        raise ValueError(f"expected as many users as rows and at least one, got {len(values)} and {len(users)}")
     _, codes = np.unique(np.asarray(users), return_inverse=True)
     rows_of_user: Floats = np.bincount(codes).astype(np.float64)
     sums: Floats = np.stack([np.bincount(codes, weights=column) for column in values.T], axis=1)

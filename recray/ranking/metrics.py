@@ -66,9 +66,7 @@ def reciprocal_rank(ranks: NDArray[Any]) -> Floats:
     return 1.0 / np.asarray(ranks, dtype=np.float64)
 
 
-def best_first(
-    scores: NDArray[Any], target_column: NDArray[Any], valid: NDArray[np.bool_], keep: int
-) -> Ints:
+def best_first(scores: NDArray[Any], target_column: NDArray[Any], valid: NDArray[np.bool_], keep: int) -> Ints:
     """Return the columns of the best candidates of every row, best first; [R, keep], -1 where fewer.
 
     Among equal scores the target comes last and the others keep the order of their columns, so that the

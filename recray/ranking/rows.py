@@ -48,18 +48,12 @@ class DotProducts(NamedTuple):
             DataError: if a row has no user vector.
         """
         place = np.searchsorted(self.rows, batch.rows)
-        known = (
-            np.take(self.rows, place, mode="clip") == batch.rows
-            if len(self.rows)
-            else batch.rows < batch.rows
-        )
+        known = np.take(self.rows, place, mode="clip") == batch.rows if len(self.rows) else batch.rows < batch.rows
         if not known.all():
             missing = int(batch.rows[~known][0])
             raise DataError(f"row {missing} has no user vector; run `recray users --force users` again")
         vectors = self.user_vectors[place]
-        return [
-            self.item_vectors[items] @ vector for vector, items in zip(vectors, batch.candidates, strict=True)
-        ]
+        return [self.item_vectors[items] @ vector for vector, items in zip(vectors, batch.candidates, strict=True)]
 
 
 def batch_of(table: pa.Table) -> Batch:
@@ -74,6 +68,8 @@ def rank_rows(table: pa.Table, scores: list[NDArray[Any]], *, model: str, keep: 
         DataError: if a row's candidates don't hold its target exactly once.
         ModelError: if scores are missing, too many, or NaN; names model and row.
     """
+    if table.num_rows == 0:
+        return RANKED_ROWS.empty_table()
     rows, target = table["row"].to_numpy(), table["target"].to_numpy()
     items, lengths = concatenated(lists(table["candidates"]))
     flat, scored = concatenated(scores)
@@ -90,9 +86,7 @@ def rank_rows(table: pa.Table, scores: list[NDArray[Any]], *, model: str, keep: 
     table_of_scores, _ = padded(flat, lengths, fill=0.0)
     if np.isnan(table_of_scores).any():
         row = int(np.flatnonzero(np.isnan(table_of_scores).any(axis=1))[0])
-        raise ModelError(
-            f"{model} scores a candidate of row {rows[row]} NaN; its weights are broken, fit it again"
-        )
+        raise ModelError(f"{model} scores a candidate of row {rows[row]} NaN; its weights are broken, fit it again")
     column = is_target.argmax(axis=1)
     best = best_first(table_of_scores, column, valid, keep)
     columns = {
@@ -123,7 +117,7 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     flat, lengths = flat_lists(column)
     if len(np.unique(lengths)) > 1:
         raise DataError(f"vectors of {lengths.min()} to {lengths.max()} numbers; expected one length")
-    matrix: NDArray[np.float32] = flat.astype(np.float32).reshape(len(lengths), -1)
+    matrix: NDArray[np.float32] = flat.astype(np.float32).reshape(len(lengths), lengths[:1].sum())
     return matrix
 
 

@@ -86,9 +86,7 @@ def differences(
 def exposure(ranked: dict[str, Ranked], targets: NDArray[Any], popularity: NDArray[Any]) -> dict[str, Any]:
     """Return the popularity of what each model shows first, and of what people chose, by popularity group."""
     groups = popularity_groups(popularity)
-    shares = {
-        model: group_shares(ranks.recommended[:, 0], groups).tolist() for model, ranks in ranked.items()
-    }
+    shares = {model: group_shares(ranks.recommended[:, 0], groups).tolist() for model, ranks in ranked.items()}
     return {
         "groups": list(GROUP_NAMES),
         "models": shares,
@@ -101,9 +99,7 @@ def _kept(ranked: Ranked, ks: Sequence[int]) -> list[int]:
     return [k for k in ks if 1 < k <= ranked.recommended.shape[1]]
 
 
-def _intervals(
-    found: Measures, users: NDArray[Any], settings: Settings
-) -> dict[str, dict[str, float | None]]:
+def _intervals(found: Measures, users: NDArray[Any], settings: Settings) -> dict[str, dict[str, float | None]]:
     values = np.stack(list(found.values()), axis=1)
     intervals = clustered_means(
         values, users, samples=settings.samples, confidence=settings.confidence, seed=settings.seed

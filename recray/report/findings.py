@@ -15,11 +15,7 @@ class Finding(NamedTuple):
     verdict: str
 
 
-BEYOND = {
-    1: "better, by more than the interval",
-    -1: "worse, by more than the interval",
-    0: "no difference beyond the interval",
-}
+WORDS = {1: "better", -1: "worse", 0: "can’t be told apart", None: "too few users to say"}
 
 
 def verdict(interval: Mapping[str, float | None]) -> int | None:
@@ -40,7 +36,7 @@ def findings(differences: Sequence[Entry]) -> list[Finding]:
             f"{model_name(entry['model'])} − {model_name(entry['minus'])}",
             measure,
             entry[measure],
-            _word(verdict(entry[measure])),
+            WORDS[verdict(entry[measure])],
         )
         for entry in differences
     ]
@@ -56,20 +52,21 @@ def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidenc
     """
     measure = headline_measure(metrics)
     if measure is None:
-        return ["This workspace has no evaluation yet, so there is nothing to conclude."]
+        return ["There are no ranking results yet, so there is nothing to conclude."]
     by_model = {entry["model"]: entry for entry in metrics}
     paired = {(entry["model"], entry["minus"]): entry for entry in differences}
-    sentences = [
-        f"Measured on {metrics[0]['rows']:,} held-out rows of {metrics[0]['users']:,} users, "
-        f"every model ranking the same candidates; differences come with "
-        f"{100 * confidence:g} % intervals, clustered by user."
-    ]
+    sentences = []
     for first, second in (("aligned", "sft"), ("sft", "popularity"), ("sft", "cooccurrence")):
         if (first, second) in paired and {first, second} <= by_model.keys():
             difference = paired[first, second][measure]
             values = by_model[first][measure]["value"], by_model[second][measure]["value"]
             sentences.append(_comparison(first, second, measure, values, difference))
-    return sentences + _popularity_shift(by_model)
+    sentences += _popularity_shift(by_model)
+    sentences.append(
+        f"Measured on {metrics[0]['rows']:,} held-out rows of {metrics[0]['users']:,} users, every model ranking "
+        f"the same candidates; in brackets the {100 * confidence:g} % interval of the difference, clustered by user."
+    )
+    return sentences
 
 
 def _comparison(
@@ -78,16 +75,14 @@ def _comparison(
     name, other = _in_a_sentence(first), _in_a_sentence(second)
     start = name[:1].upper() + name[1:]
     numbers = f"{measure_name(measure)} {plain(values[0])} against {plain(values[1])}"
-    change = f"{signed(difference['value'])}, from {signed(difference['low'])} to {signed(difference['high'])}"
+    change = f"{signed(difference['value'])} ({signed(difference['low'])} to {signed(difference['high'])})"
     judged = verdict(difference)
     if judged is None:
-        return f"{start} and {other}: {numbers} ({signed(difference['value'])}); too few users for an interval."
+        return f"{start} and {other}: {numbers}, {signed(difference['value'])}; too few users for an interval."
     if judged == 0:
-        return (
-            f"{start} can't be told from {other}: {numbers}, and the interval of the difference ({change}) holds zero."
-        )
+        return f"{start} can’t be told from {other}: {numbers}, a difference of {change} whose interval holds zero."
     word = "better" if judged > 0 else "worse"
-    return f"{start} ranks {word} than {other}, by more than the interval: {numbers} ({change})."
+    return f"{start} ranks {word} than {other}, by more than the interval: {numbers}, {change}."
 
 
 def _popularity_shift(by_model: Mapping[str, Entry]) -> list[str]:
@@ -110,7 +105,3 @@ def _in_a_sentence(model: str) -> str:
         "cooccurrence": "co-occurrence",
     }
     return known.get(model, model_name(model))
-
-
-def _word(judged: int | None) -> str:
-    return "too few users for an interval" if judged is None else BEYOND[judged]

@@ -143,9 +143,10 @@ def _pictures(contents: Contents) -> dict[str, Markup | None]:
 def _fits(contents: Contents) -> list[tuple[str, list[tuple[str, Markup]]]]:
     found = []
     for stage, lines in contents.fits.items():
-        panels = [(panel.title, Markup(panel.svg)) for panel in plots.curve_panels(lines)]
+        name = FIT_NAMES.get(stage, stage)
+        panels = [(panel.title, Markup(panel.svg)) for panel in plots.curve_panels(lines, fit=name)]
         if panels:
-            found.append((FIT_NAMES.get(stage, stage), panels))
+            found.append((name, panels))
     return found
 
 

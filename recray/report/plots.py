@@ -3,6 +3,7 @@
 matplotlib draws in placeholder colours; each becomes a CSS variable that `page.html` gives a value to.
 """
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ STYLE = {
     "lines.solid_joinstyle": "round",
 }
 
+_LABEL_WIDTH, _LABEL_HEIGHT = 70.0, 10.5  # of a point's name, in points (figures are drawn at 72 a inch)
 _SMOOTH_FROM = 40  # points; fewer are drawn as they are
 
 
@@ -94,19 +96,22 @@ TOGETHER = (
     ("KL to the reference, nats", ("train kl",)),
     ("Effective negatives a user", ("train effective_negatives",)),
     ("Gradient norm", ("train grad_norm",)),
+    ("Seconds a pass", ("seconds",)),
     ("Learning rate", ("train learning_rate",)),
     ("Tokens a second", ("train tokens_per_s",)),
     ("Share of time waiting for data", ("train data_wait_share",)),
 )
+_EXACT = {"learning rate"}  # set, not measured: nothing to smooth
 _NOT_A_CURVE = {"kind", "step", "pass", "best_pass", "time"}
 
 
-def curve_panels(lines: Sequence[Mapping[str, Any]]) -> list[Panel]:
+def curve_panels(lines: Sequence[Mapping[str, Any]], *, fit: str) -> list[Panel]:
     """Return one panel for what belongs together among the numeric keys of metrics lines; none for no lines.
 
     Args:
         lines: objects with `step` (else `pass`, else their place), perhaps `kind`, and any numeric keys. Lines may
             lack any key; numbers that are not finite are left out.
+        fit: what was fitted, for the description of each picture.
     """
     series = _series(lines)
     panels, drawn = [], set()
@@ -114,12 +119,12 @@ def curve_panels(lines: Sequence[Mapping[str, Any]]) -> list[Panel]:
         chosen = [series[key] for key in keys if key in series]
         drawn |= set(keys)
         if chosen:
-            panels.append(Panel(title, _curves(title, chosen)))
+            panels.append(Panel(title, _curves(f"{title} of {fit}", chosen)))
     for key, curve in series.items():
         if key not in drawn:
             title = key.removeprefix("train ").replace("_", " ")
             title = title[:1].upper() + title[1:]
-            panels.append(Panel(title, _curves(title, [curve])))
+            panels.append(Panel(title, _curves(f"{title} of {fit}", [curve])))
     return panels
 
 
@@ -135,21 +140,23 @@ def popularity_picture(metrics: Sequence[Entry], chosen_popularity: float | None
     if measure is None or not points:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.3))
-        axes = figure.add_axes((0.1, 0.145, 0.87, 0.82))
+        figure = Figure(figsize=(5.4, 3.3), dpi=72)
+        axes = figure.add_axes((0.1, 0.145, 0.87, 0.77))
         if chosen_popularity is not None:
             axes.axvline(chosen_popularity, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
             axes.annotate(
                 "what people chose",
                 (chosen_popularity, 1.0),
-                (4, -9),
+                (0, 4),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
                 color=MUTED,
+                ha="center",
             )
         for entry in points:
             _point(axes, entry, measure)
         axes.margins(x=0.16, y=0.14)
+        _label_points(axes, points, measure)
         axes.grid(axis="y")
         axes.set_xlabel("training interactions of the first item shown, on average")
         axes.set_ylabel(measure_name(measure))
@@ -207,11 +214,15 @@ def difference_picture(differences: Sequence[Entry]) -> str | None:
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return the mean of the latest `window` values at every place; of fewer at the beginning."""
+    """Return the mean of the `window` values around every place; of those there are near the ends.
+
+    The window is centred, so that a curve isn't drawn later than it happened; an even one is taken one wider.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(stop - window, 0)
-    mean: NDArray[np.float64] = (sums[stop] - sums[start]) / (stop - start)
+    place = np.arange(len(values))
+    # As far to one side as to the other, also near an end: else a slope would bend there.
+    reach = np.minimum(window // 2, np.minimum(place, len(values) - 1 - place))
+    mean: NDArray[np.float64] = (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)
     return mean
 
 
@@ -257,13 +268,13 @@ def _curves(title: str, curves: Sequence[Series]) -> str:
         axes.margins(x=0.02)
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.locator_params(axis="y", nbins=5)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=False)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}".replace("-", "−"))
         return _svg(figure, f"{title} over steps")
 
 
 def _draw(axes: Axes, curve: Series, colour: str) -> None:
     steps, values = np.array(curve.steps), np.array(curve.values)
-    if len(values) < _SMOOTH_FROM:
+    if len(values) < _SMOOTH_FROM or curve.name in _EXACT:
         marker = "o" if len(values) <= 25 else None
         axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, markersize=3, label=curve.name)
         return
@@ -282,14 +293,22 @@ def _point(axes: Axes, entry: Entry, measure: str) -> None:
             axes.plot(*ends, color=colour, linewidth=1.3)
     marker = MARKERS.get(model, "v")
     axes.plot(x["value"], interval["value"], marker, color=colour, markersize=7, markeredgecolor=PAPER)
-    axes.annotate(
-        model_name(model),
-        (x["value"], interval["value"]),
-        (7, 5),
-        textcoords="offset points",
-        color=INK,
-        weight="bold" if model == "aligned" else "normal",
-    )
+
+
+def _label_points(axes: Axes, points: Sequence[Entry], measure: str) -> None:
+    """Name every point to its right, from the top down, each label below those it would lie on."""
+    axes.autoscale_view()  # until then places in points are those of no data
+    above: list[tuple[float, float]] = []
+    for entry in sorted(points, key=lambda point: -point[measure]["value"]):
+        at = (entry["average_popularity"]["value"], entry[measure]["value"])
+        x, y = axes.transData.transform(at)
+        lowest = min((low for other, low in above if abs(other - x) < _LABEL_WIDTH), default=np.inf)
+        place = min(y + 5, lowest - _LABEL_HEIGHT)
+        above.append((x, place))
+        weight = "bold" if entry["model"] == "aligned" else "normal"
+        axes.annotate(
+            model_name(entry["model"]), at, (9, place - y), textcoords="offset points", color=INK, weight=weight
+        )
 
 
 def _group_legend(axes: Axes, names: Sequence[str]) -> None:
@@ -328,8 +347,9 @@ def _svg(figure: Figure, description: str) -> str:
     view = re.search(r'viewBox="[^"]*"', svg)
     if opening is None or view is None:
         raise AssertionError("matplotlib wrote an SVG without an opening tag or a view box")
-    svg = f'<svg {view.group()} role="img" aria-label="{description}">' + svg[opening.end() :]
-    svg = svg.replace("xlink:href", "href")
+    svg = f'<svg {view.group()} role="img" aria-label="{html.escape(description)}">' + svg[opening.end() :]
+    # Groups are numbered alike in every picture; what is referred to (clips, markers) has ids of its own.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
     svg = re.sub(r"(font: (?:bold |700 )?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
     for colour, name in VARIABLES.items():

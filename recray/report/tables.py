@@ -104,9 +104,9 @@ def with_margin(interval: Mapping[str, float | None], digits: int = 3) -> str:
 
 
 def signed_with_interval(interval: Mapping[str, float | None], digits: int = 3) -> str:
-    """Return `+0.012 [+0.002, +0.022]`."""
+    """Return `+0.012` and, on a line of its own, `[+0.002, +0.022]`."""
     low, high = interval["low"], interval["high"]
-    bounds = "" if low is None or high is None else f" [{signed(low, digits)}, {signed(high, digits)}]"
+    bounds = "" if low is None or high is None else f"\n[{signed(low, digits)}, {signed(high, digits)}]"
     return signed(interval["value"], digits) + bounds
 
 
@@ -137,4 +137,14 @@ def _caption(metrics: Sequence[Entry], confidence: float) -> str:
 
 
 def _table(title: str, caption: str) -> Table:
-    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    """Return an empty table that keeps to eighty columns: a submitted job has no wider terminal."""
+    return Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        title_justify="left",
+        caption_justify="left",
+    )

@@ -15,9 +15,7 @@ ITEMS = 30
 
 def _histories(seed: int, users: int = 40) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
-    return [
-        generator.integers(0, ITEMS, size=generator.integers(0, 12)).astype(np.int32) for _ in range(users)
-    ]
+    return [generator.integers(0, ITEMS, size=generator.integers(0, 12)).astype(np.int32) for _ in range(users)]
 
 
 def _cosine_by_loops(histories: list[np.ndarray]) -> np.ndarray:
@@ -40,17 +38,13 @@ def _cosine_by_loops(histories: list[np.ndarray]) -> np.ndarray:
 def _random_rows(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     generator = np.random.default_rng(seed)
     histories = _histories(seed, users=25)
-    candidates = [
-        generator.permutation(ITEMS)[: generator.integers(1, 9)].astype(np.int32) for _ in histories
-    ]
+    candidates = [generator.permutation(ITEMS)[: generator.integers(1, 9)].astype(np.int32) for _ in histories]
     return histories, candidates
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("at_once", [1, 50, 2_000_000])
-def test_cooccurrence_follows_the_definition(
-    seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cooccurrence_follows_the_definition(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_PAIRS_AT_ONCE", at_once)
     monkeypatch.setattr(baselines, "_LOOKUPS_AT_ONCE", at_once)
     training = _histories(seed)

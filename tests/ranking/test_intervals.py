@@ -27,9 +27,7 @@ def test_value_is_the_mean_over_rows() -> None:
 
 def test_resamples_take_whole_users() -> None:
     # Two users: a resample holds a twice, b twice, or both, so only three means can occur: 1.5, 6 and 3.
-    found = clustered_means(
-        np.array([1.0, 2.0, 6.0]), np.array(["a", "a", "b"]), samples=4000, confidence=0.98, seed=0
-    )
+    found = clustered_means(np.array([1.0, 2.0, 6.0]), np.array(["a", "a", "b"]), samples=4000, confidence=0.98, seed=0)
     assert (found.low.tolist(), found.high.tolist()) == ([1.5], [6.0])
     quartiles = clustered_means(
         np.array([1.0, 2.0, 6.0]), np.array(["a", "a", "b"]), samples=4000, confidence=0.4, seed=0
@@ -62,9 +60,7 @@ def test_paired_difference_is_surer_than_its_parts() -> None:
 def test_difference_of_resampled_means_is_the_resampled_difference() -> None:
     """Measures see the same resamples, so the interval of x and of x + 1 differ by 1 exactly."""
     values, owner = _clusters(np.random.default_rng(3), users=30)
-    both = clustered_means(
-        np.stack([values, values + 1.0], axis=1), owner, samples=200, confidence=0.9, seed=4
-    )
+    both = clustered_means(np.stack([values, values + 1.0], axis=1), owner, samples=200, confidence=0.9, seed=4)
     np.testing.assert_allclose(np.diff(both.low), 1.0, atol=1e-12)
     np.testing.assert_allclose(np.diff(both.high), 1.0, atol=1e-12)
 

@@ -1,0 +1,66 @@
+"""The report's sentences say what the intervals say, and no more."""
+
+import pytest
+
+from recray.report.findings import findings, summary, verdict
+
+
+def _interval(value: float, low: float | None, high: float | None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": high}
+
+
+def _entry(model: str, value: float) -> dict[str, object]:
+    return {"model": model, "rows": 1000, "users": 50, "ndcg@10": _interval(value, value - 0.1, value + 0.1)}
+
+
+def _pair(low: float | None, high: float | None, first: str = "aligned", second: str = "sft") -> dict[str, object]:
+    return {"model": first, "minus": second, "ndcg@10": _interval(0.01, low, high)}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.01, 0.02, 1), (-0.02, -0.01, -1), (-0.01, 0.02, 0), (0.0, 0.02, 0), (-0.02, 0.0, 0), (None, None, None)],
+)
+def test_verdict_needs_the_whole_interval(low: float | None, high: float | None, expected: int | None) -> None:
+    assert verdict(_interval(0.0, low, high)) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.02, "The aligned model ranks better than the SFT model, by more than the interval"),
+        (-0.02, -0.01, "The aligned model ranks worse than the SFT model, by more than the interval"),
+        (-0.01, 0.02, "The aligned model can’t be told from the SFT model"),
+        (None, None, "too few users"),
+    ],
+)
+def test_the_first_sentence_is_the_judgement(low: float | None, high: float | None, words: str) -> None:
+    metrics = [_entry("sft", 0.50), _entry("aligned", 0.51)]
+    first = summary(metrics, [_pair(low, high)], confidence=0.95)[0]
+    assert words in first
+    assert "NDCG@10 0.510 against 0.500" in first
+
+
+def test_summary_without_evaluation_or_pairs() -> None:
+    assert "no ranking results" in summary([], [], confidence=0.95)[0]
+    (only,) = summary([_entry("sft", 0.5)], [], confidence=0.9)
+    assert "1,000 held-out rows of 50 users" in only
+    assert "90 %" in only
+
+
+def test_popularity_shift_is_told() -> None:
+    metrics = [_entry("sft", 0.5) | {"average_popularity": _interval(80.0, 70.0, 90.0)}]
+    metrics += [_entry("aligned", 0.5) | {"average_popularity": _interval(60.0, 50.0, 70.0)}]
+    assert any("60.0 training interactions" in sentence for sentence in summary(metrics, [], confidence=0.95))
+
+
+def test_findings_judge_every_pair() -> None:
+    pairs = [_pair(0.01, 0.02), _pair(-0.02, -0.01, "sft", "popularity"), _pair(-1.0, 1.0), _pair(None, None)]
+    assert [finding.verdict for finding in findings(pairs)] == [
+        "better",
+        "worse",
+        "can’t be told apart",
+        "too few users to say",
+    ]
+    assert findings(pairs)[1].pair == "SFT − Popularity"
+    assert findings([{"model": "a", "minus": "b", "mrr": _interval(0, 0, 0)}]) == []
