@@ -74,7 +74,7 @@ def layer(module: str) -> int:
         return 1
     package, _, rest = module.partition(".")
     part = rest.partition(".")[0] or "__init__"
-    if package == "pipelines" or part == "cli":
+    if package == "pipelines" or part in {"cli", "__main__"}:
         return 4
     if part == "stages":
         return 3
