@@ -1,0 +1,230 @@
+"""Fitting SASRec: the same batches, losses and gradients on one rank and on many.
+
+Axes:
+    R  rows of a global batch, each a window of a history
+    V  validation rows
+    D  width of states and item vectors
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from recray.config import Users
+from recray.distributed.collectives import sum_over_ranks, world
+from recray.errors import DataError, ModelError
+from recray.ranking.metrics import hit_rate, ndcg, ranks
+from recray.train.order import Order, rows_of_step
+from recray.users.losses import full_softmax, sampled_softmax
+from recray.users.ragged import Ragged, padded, take, windows
+from recray.users.sasrec import SASRec, user_vectors
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+RANKED_TO = 10
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Rows to rank: the target is among the candidates of its row."""
+
+    histories: Ragged
+    candidates: Ragged
+    targets: Int[ndarray, " V"]
+
+
+class Batch(NamedTuple):
+    """Windows of one rank, and what is to be predicted after each of their items."""
+
+    inputs: Int[Tensor, "R L"]
+    lengths: Int[Tensor, " R"]
+    tokens: Int[Tensor, " T"]  # places in the flattened states
+    targets: Int[Tensor, " T"]
+
+
+def fit(
+    model: SASRec, histories: Ragged, validation: Validation, settings: Users, *, seed: int, report: Report
+) -> list[dict[str, Any]]:
+    """Fit `model` in place, leave it with the weights of its best pass, and return the curve, one dict a pass.
+
+    Histories are cut into windows of `max_history` + 1 items, so that every item of every history is a target once
+    a pass. A global batch is `rows_of_step` of the windows; each rank takes its share, and the gradient is that of
+    the loss summed over the global batch, divided by the targets in it: at dropout 0 it does not depend on the
+    number of ranks. Passes end when `patience` of them in a row brought no better validation NDCG@10.
+
+    Args:
+        model: its weights are replaced; every rank must start with the same ones.
+        histories: training histories, in time order.
+        validation: the same rows on every rank.
+        settings: loss, batch, optimiser and patience.
+        seed: of the order of batches, the sampled negatives and dropout.
+        report: called with each pass's line, on every rank, equally often.
+
+    Raises:
+        DataError: if there is nothing to learn from or to validate on.
+        ModelError: if the loss is no longer finite.
+    """
+    rows = windows(histories, model.shape.max_history + 1)
+    if rows.num_lists == 0 or validation.histories.num_lists == 0:
+        raise DataError(
+            f"SASRec needs training histories and validation rows, got {rows.num_lists} windows of histories and "
+            f"{validation.histories.num_lists} validation rows; the split leaves too little"
+        )
+    order = Order(rows.num_lists, settings.global_batch, seed)
+    steps = math.ceil(order.steps_per_epoch)
+    trainer = _Trainer(model, rows, settings, seed, order)
+    curve: list[dict[str, Any]] = []
+    best, best_pass, weights = -math.inf, 0, _copy(model)
+    devices = [model.start.device] if model.start.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        for number in range(1, settings.passes + 1):
+            started = time.monotonic()
+            loss = trainer.one_pass(range((number - 1) * steps, number * steps))
+            hit, gain = validated(model, validation)
+            if gain > best:
+                best, best_pass, weights = gain, number, _copy(model)
+            line = {
+                "pass": number,
+                "step": number * steps,
+                "loss": loss,
+                f"validation_ndcg@{RANKED_TO}": gain,
+                f"validation_hr@{RANKED_TO}": hit,
+                "best_pass": best_pass,
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            curve.append(line)
+            report(line)
+            if number - best_pass >= settings.patience:
+                logger.info("stops: %d passes without a better NDCG@%d", settings.patience, RANKED_TO)
+                break
+    model.load_state_dict(weights)
+    model.eval()
+    return curve
+
+
+class _Trainer:
+    """One rank's steps."""
+
+    def __init__(self, model: SASRec, rows: Ragged, settings: Users, seed: int, order: Order) -> None:
+        self.model, self.rows, self.settings, self.seed, self.order = model, rows, settings, seed, order
+        self.parameters = list(model.parameters())
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.proposal = proposal(rows, model.shape.num_items)
+
+    def one_pass(self, steps: range) -> float:
+        """Take these steps and return the mean loss of a target, in nats."""
+        self.model.train()
+        total = torch.zeros(2, dtype=torch.float64)
+        for step in steps:
+            total += self.step(step)
+        loss = float(total[0] / total[1])
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"SASRec's loss is {loss} at step {steps.stop}; lower users.learning_rate "
+                f"(now {self.settings.learning_rate})"
+            )
+        return loss
+
+    def step(self, step: int) -> Float[Tensor, " 2"]:
+        """Take one step and return the global batch's (summed loss, number of targets)."""
+        rank, size = world()
+        mine = rows_of_step(self.order, step)[rank::size]
+        torch.manual_seed(_seed_of(self.seed, step, rank))
+        self.optimiser.zero_grad()
+        loss, count = self.loss(mine, step)
+        if count:
+            loss.backward()
+        total = self.reduced(loss, count)
+        self.optimiser.step()
+        return total
+
+    def loss(self, mine: Int[ndarray, " r"], step: int) -> tuple[Float[Tensor, ""], int]:
+        """Return the summed loss of these windows, and how many targets they hold."""
+        device = self.model.start.device
+        if len(mine) == 0:
+            return torch.zeros((), device=device), 0
+        batch = batch_of(take(self.rows, mine), device)
+        states = self.model(batch.inputs, batch.lengths).flatten(0, 1)[batch.tokens]
+        table = self.model.items.weight
+        if self.settings.loss == "full_softmax":
+            return full_softmax(states, table, batch.targets), len(batch.targets)
+        drawn, expected = sampled(self.proposal, self.settings.sampled_negatives, self.seed, step)
+        negatives, log_expected = torch.from_numpy(drawn).to(device), torch.from_numpy(expected).to(device)
+        return sampled_softmax(states, table, batch.targets, negatives, log_expected), len(batch.targets)
+
+    def reduced(self, loss: Float[Tensor, ""], count: int) -> Float[Tensor, " 2"]:
+        """Put the global batch's mean gradient into the parameters; return its (summed loss, number of targets)."""
+        ends = torch.stack([loss.detach().float(), torch.tensor(float(count), device=loss.device)])
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        total = sum_over_ranks(torch.cat([*(piece.flatten() for piece in pieces), ends]))
+        grads = (total[:-2] / total[-1]).split([p.numel() for p in self.parameters])
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad.view_as(parameter)
+        return total[-2:].double().cpu()
+
+
+def batch_of(rows: Ragged, device: torch.device) -> Batch:
+    """Return windows as tensors: every item is a target, and the input of those that follow it."""
+    items, valid = padded(rows)
+    every = torch.from_numpy(items).to(device)
+    tokens = torch.from_numpy(np.flatnonzero(valid)).to(device)
+    lengths = torch.from_numpy(rows.lengths - 1).to(device)
+    # The model puts its start first, so its state at a place is the one before that place's item.
+    return Batch(every[:, :-1], lengths, tokens, every.flatten()[tokens])
+
+
+def proposal(rows: Ragged, num_items: int) -> Float[ndarray, " I"]:
+    """Return how likely each item is to be a sampled negative: by training frequency, plus 1 so that all may be."""
+    counts = np.bincount(rows.items, minlength=num_items) + 1.0
+    return np.asarray(counts / counts.sum())
+
+
+def sampled(
+    chance: Float[ndarray, " I"], number: int, seed: int, step: int
+) -> tuple[Int[ndarray, " S"], Float[ndarray, " S"]]:
+    """Return the negatives of a step and the log of how often each was to be expected; the same on every rank."""
+    places = np.random.default_rng([seed, step]).random(number)
+    cumulative = np.cumsum(chance)
+    drawn = np.searchsorted(cumulative, places * cumulative[-1], side="right")
+    return drawn, np.log(number * chance[drawn]).astype(np.float32)
+
+
+def validated(model: SASRec, validation: Validation, *, rows_at_once: int = 512) -> tuple[float, float]:
+    """Return (HR@10, NDCG@10) over the candidates, each rank scoring its share of the rows."""
+    rank, size = world()
+    mine = np.arange(rank, validation.histories.num_lists, size)
+    table = model.items.weight.detach().float().cpu().numpy()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for first in range(0, len(mine), rows_at_once):
+        rows = mine[first : first + rows_at_once]
+        vectors = user_vectors(model, take(validation.histories, rows))
+        candidates, valid = padded(take(validation.candidates, rows))
+        scores = np.einsum("rd,rcd->rc", vectors, table[candidates])
+        is_target = (candidates == validation.targets[rows, None]) & valid
+        found = ranks(scores, is_target.argmax(axis=1), valid)
+        sums += torch.tensor(
+            [hit_rate(found, RANKED_TO).sum(), ndcg(found, RANKED_TO).sum(), len(rows)], dtype=torch.float64
+        )
+    hit, gain, count = sum_over_ranks(sums.to(model.start.device)).tolist()
+    return hit / count, gain / count
+
+
+def _copy(model: SASRec) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _seed_of(*parts: int) -> int:
+    """Return a seed for torch that is as good as independent for different parts."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
