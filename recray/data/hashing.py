@@ -44,7 +44,8 @@ def hash_strings(values: pa.Array | pa.ChunkedArray) -> Hash:
     if not pa.types.is_dictionary(values.type):
         values = pc.fill_null(values, "").dictionary_encode()
     codes = values.indices.to_numpy(zero_copy_only=False)
-    return _hash_distinct(values.dictionary.cast(pa.large_binary()))[codes]
+    hashes: Hash = _hash_distinct(values.dictionary.cast(pa.large_binary()))[codes]
+    return hashes
 
 
 def unit(hashes: Hash) -> NDArray[np.float64]:

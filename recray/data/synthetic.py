@@ -132,8 +132,8 @@ def make_world(num_items: int, synthetic: Synthetic, generator: Generator) -> Wo
     shelf = np.unique(shelf, return_inverse=True)[1].astype(np.int64)
     volume = _volumes(shelf, generator)
     has_next = np.append(volume[1:] == volume[:-1] + 1, False) & np.append(shelf[1:] == shelf[:-1], False)
-    ranks = generator.permutation(num_items) + 1
-    weight = ranks ** -float(synthetic.popularity_exponent)
+    ranks = generator.permutation(num_items).astype(np.float64) + 1.0
+    weight: Floats = ranks ** -float(synthetic.popularity_exponent)
     on_shelf, popular_on_shelf = _shelves(shelf, weight)
     return World(
         titles=_titles(genre, shelf, volume, generator),
@@ -145,7 +145,7 @@ def make_world(num_items: int, synthetic: Synthetic, generator: Generator) -> Wo
         on_shelf=on_shelf,
         popular_on_shelf=popular_on_shelf,
         shelf_genre=genre[on_shelf[:, 0]],
-        shelf_weight=np.bincount(shelf, weights=weight),
+        shelf_weight=np.bincount(shelf, weights=weight).astype(np.float64),
         item_id=generator.permutation(num_items) + 1,
     )
 
@@ -226,7 +226,8 @@ def _next_items(world: World, met: NDArray[np.bool_], last: Ints, shelf: Ints, g
 
 def _from_shelf(world: World, shelf: Ints, generator: Generator) -> Ints:
     place = (generator.random((len(shelf), 1)) >= world.popular_on_shelf[shelf]).sum(axis=1)
-    return world.on_shelf[shelf, np.minimum(place, world.on_shelf.shape[1] - 1)]
+    items: Ints = world.on_shelf[shelf, np.minimum(place, world.on_shelf.shape[1] - 1)]
+    return items
 
 
 def _from_all(world: World, count: int, generator: Generator) -> Ints:
@@ -251,7 +252,8 @@ def _a_shelf(world: World, favourites: Ints, generator: Generator) -> Ints:
     anywhere = generator.random(len(genre)) >= FAVOURITE_SHARE
     first, after = np.where(anywhere, 0, first), np.where(anywhere, len(world.shelf_genre), after)
     point = cumulative[first] + generator.random(len(genre)) * (cumulative[after] - cumulative[first])
-    return np.clip(np.searchsorted(cumulative, point, side="right") - 1, first, after - 1)
+    shelves: Ints = np.clip(np.searchsorted(cumulative, point, side="right") - 1, first, after - 1)
+    return shelves
 
 
 def _drift(world: World, taste: Ints, users: Ints, generator: Generator) -> None:
