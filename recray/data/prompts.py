@@ -8,10 +8,10 @@ checks it).
 """
 
 import difflib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from recray.data.tokenizer import special_tokens
@@ -19,7 +19,8 @@ from recray.errors import CatalogueError, ConfigError
 
 _HISTORY = "\u2402history\u2403"  # stands for the lines while a chat template lays its marks around them
 _CANDIDATES = "\u2402candidates\u2403"
-_SOME_DAY = time.strptime("2025-01-01", "%Y-%m-%d")  # for chat templates that print today's date
+# Chat templates that print today's date print this one, or tomorrow's prompt would be another.
+_SOME_DAY = "{% macro strftime_now(pattern) %}01 Jan 2025{% endmacro %}\n"
 
 
 @dataclass(frozen=True)
@@ -135,26 +136,30 @@ def training_texts(template: Template, labels: Sequence[str]) -> Iterator[str]:
 
 def _chat(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None, str]:
     """Return opening, between and cue with the marks of the tokenizer's chat template around them."""
+    instead = f"use {template.name.replace('chat', 'instruction')!r}"
     if not tokenizer.chat_template:
         raise CatalogueError(
             f"prompt template {template.name!r} needs a tokenizer with a chat template, and this one has "
-            f"none; use {template.name.replace('chat', 'instruction')!r}, or an instruction-tuned model"
+            f"none; {instead}, or an instruction-tuned model"
         )
-    content = template.opening + _HISTORY
-    if template.between is not None:
-        content += template.between + _CANDIDATES
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content + template.cue}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,  # the item comes at once: templates that know no thinking ignore this
-        strftime_now=lambda pattern: time.strftime(pattern, _SOME_DAY),  # or tomorrow's prompt would differ
-    )
     marks = [_HISTORY] if template.between is None else [_HISTORY, _CANDIDATES]
+    content = f"{template.opening}{_HISTORY}{template.between or ''}{''.join(marks[1:])}{template.cue}"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=_SOME_DAY + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # the item comes at once: templates that know no thinking ignore this
+        )
+    except (TemplateError, ValueError) as error:  # ValueError: several templates, none the default
+        raise CatalogueError(
+            f"the tokenizer's chat template can't write a user's message ({error}); {instead}"
+        ) from None
     if any(text.count(mark) != 1 for mark in marks):
         raise CatalogueError(
-            f"the tokenizer's chat template does not write the user's message once and as it is; got "
-            f"{text!r}; use {template.name.replace('chat', 'instruction')!r}"
+            f"the tokenizer's chat template does not write the user's message once and as it is; got {text!r}; "
+            f"{instead}"
         )
     opening, rest = text.split(_HISTORY)
     if template.between is None:
