@@ -6,6 +6,7 @@ millisecond, of several batches many times that.
 Axes:
     R  rows taken
     N  negatives
+    K  candidates: the positive, then the negatives
     D  width of user vectors
 """
 
@@ -30,8 +31,8 @@ class Examples(NamedTuple):
     row: Int[ndarray, " R"]
     user: Int[ndarray, " R"]  # number of the row's user
     histories: list[Int[ndarray, " H"]]
-    items: Int[ndarray, "R 1+N"]  # the positive, then the negatives
-    reference: Float[ndarray, "R 1+N"]  # nats
+    items: Int[ndarray, "R K"]  # the positive, then the negatives
+    reference: Float[ndarray, "R K"]  # nats
     vector: Float[ndarray, "R D"]
     met: list[Int[ndarray, " M"]]  # sorted: what the row's user met in training
 
@@ -114,8 +115,8 @@ class ExampleShards:
         back = np.argsort(np.concatenate(places), kind="stable")
         table = pa.concat_tables(pieces).take(pa.array(back)).combine_chunks()
         return Examples(
-            row=table["row"].to_numpy(),
-            user=table["user"].to_numpy(),
+            row=table["row"].to_numpy().copy(),
+            user=table["user"].to_numpy().copy(),
             histories=list_arrays(table["history"]),
             items=matrix(table["items"]),
             reference=matrix(table["reference"]),
@@ -180,7 +181,7 @@ def matrix(column: pa.ChunkedArray) -> ndarray:
     if isinstance(lists, pa.ChunkedArray):
         lists = lists.chunk(0) if lists.num_chunks else pa.array([], column.type)
     flat = lists.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(lists), -1) if len(lists) else flat.reshape(0, 0)
+    return flat.reshape(len(lists), -1).copy() if len(lists) else flat.reshape(0, 0)
 
 
 def list_arrays(column: pa.ChunkedArray) -> list[ndarray]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recray.data.catalogue import Catalogue
 from recray.lm.layout import Layout, Segments, candidate_layout
-from recray.lm.load import load_labels, open_recommender
+from recray.lm.load import open_recommender, stored_dtype
 
 LOGITS_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
 
@@ -45,15 +45,16 @@ class ItemScorer(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         config: Any = model.config
+        self._vocabulary = int(config.vocab_size)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._float_mask = config._attn_implementation == "eager"
 
     def forward(self, packed: Packed) -> Float[Tensor, " S"]:
         """Return log pi(label | everything it may see), in nats, float32, one a scored token."""
         hidden = self.hidden(packed)
-        chunk = max(1, LOGITS_AT_ONCE // int(self.model.config.vocab_size))
+        chunk = max(1, LOGITS_AT_ONCE // self._vocabulary)
         if packed.source.numel() <= chunk or not torch.is_grad_enabled():
             pieces = [
                 self._log_probability(h, y) for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
@@ -195,7 +196,7 @@ def load_scorer(folder: Path, *, tokens_per_micro_batch: int) -> Scorer:
     Raises:
         ModelError, CatalogueError: if the folder is not a recommender that recray wrote whole.
     """
-    model, catalogue = open_recommender(folder, load_labels(folder))
+    model, catalogue = open_recommender(folder, dtype=stored_dtype(folder))
     scorer = ItemScorer(model).eval()
     if torch.cuda.is_available():
         scorer.cuda()

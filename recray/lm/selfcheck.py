@@ -36,6 +36,6 @@ def check_sharing(
     if worst > allowed:
         raise ModelError(
             f"{type(scorer.model).__name__} can't share a prompt among candidates: scores differ by {worst:.3g} nats "
-            f"from scoring each apart (allowed: {allowed}); use a model with full attention and rotary or learned positions"
+            f"from scoring each apart (allowed: {allowed}); use one with full attention and rotary or learned positions"
         )
     return worst

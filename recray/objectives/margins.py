@@ -34,7 +34,7 @@ def confidence(
 
 
 def per_negative_margin(confidence: Float[Tensor, "B G N"], *, base: float, slope: float) -> Float[Tensor, "B G N"]:
-    """Return gamma_ijn = max(0, base * (1 + slope * c_ijn)), in units of beta * nats; c is the borrower's confidence."""
+    """Return gamma_ijn = max(0, base * (1 + slope * c_ijn)), in beta * nats; c is the borrower's confidence."""
     return (base * (1 + slope * confidence)).clamp_min(0.0)
 
 

@@ -4,6 +4,7 @@ Axes:
     B  users whose loss is computed
     G  users of the global batch
     N  negatives drawn for each of those
+    K  candidates: the positive, then the N negatives
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from recray.objectives.sdpo import sdpo_loss
 class ScoreBatch(NamedTuple):
     """What an objective may look at: scores of the whole global batch, and what these B users may use of them."""
 
-    score: Float[Tensor, "G 1+N"]  # nats; positive first; log-ratios where the objective has a reference
+    score: Float[Tensor, "G K"]  # nats; positive first; log-ratios where the objective has a reference
     pool: Float[Tensor, "G N"]  # the negatives of `score` as borrowed: detached from it, if as released
     place: Int[Tensor, " B"]  # of the B users among the G
     usable: Bool[Tensor, "B G N"]

@@ -24,7 +24,7 @@ def similarity(borrower: Float[Tensor, "B D"], owner: Float[Tensor, "G D"], *, c
 
 
 def own_only(place: Int[Tensor, " B"], owners: int) -> Bool[Tensor, "B G"]:
-    """Return the relation in which everyone lends to itself alone; `place` is each borrower's place among the owners."""
+    """Return that everyone lends to itself alone; `place` is each borrower's place among the owners."""
     return place[:, None] == torch.arange(owners, device=place.device)
 
 

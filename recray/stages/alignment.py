@@ -13,7 +13,7 @@ from recray.data.examples import ExampleShards, join_examples, matrix, met_in_tr
 from recray.errors import ConfigError
 from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fit, Fitted, RayContext, run_fit
-from recray.stages.recommender import open_from, sft_feed, validation_rows
+from recray.stages.recommender import catalogue_from, open_from, sft_feed, validation_rows
 from recray.train.engine import Engine, make_engine
 from recray.train.feeding import AlignFeed, Share
 from recray.train.log import MetricsLog
@@ -92,7 +92,7 @@ def run_alignment(
 def make_feed(setting: Alignment, world_size: int) -> Feed:
     """Return the feed of a setting, for as many ranks."""
     workspace, part = setting.workspace, setting.part
-    catalogue = open_from(workspace, "sft", "model")[1]
+    catalogue = catalogue_from(workspace, "sft", "model")
     if part.objective.name == "sft":
         sft = Sft.model_validate(workspace.require("sft").part)
         # Another seed than sft itself had: the control goes on with new shuffles, not with the first ones again.

@@ -1,4 +1,4 @@
-"""Recommender folders and evaluation rows in a workspace: what `sft`, `reference`, `align` and `tune` have in common."""
+"""Recommender folders and evaluation rows in a workspace: shared by `sft`, `reference`, `align` and `tune`."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from recray.config import Sft
 from recray.data.catalogue import Catalogue
 from recray.data.examples import list_arrays
 from recray.errors import WorkspaceError
-from recray.lm.load import load_model, load_prompt, open_recommender, save_model, stored_dtype
+from recray.lm.load import load_model, open_catalogue, open_recommender, save_model, stored_dtype
 from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fitted, log_folder
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
@@ -37,6 +37,11 @@ def open_from(workspace: Workspace, *folder: str) -> tuple[PreTrainedModel, Cata
     """Return the recommender in a folder of the workspace, with the workspace's catalogue."""
     local = workspace.folder(*folder)
     return open_recommender(local, labels_of(workspace), dtype=stored_dtype(local))
+
+
+def catalogue_from(workspace: Workspace, *folder: str) -> Catalogue:
+    """Return the catalogue of the recommender in a folder of the workspace, without its model."""
+    return open_catalogue(workspace.folder(*folder), labels_of(workspace))
 
 
 def validation_rows(workspace: Workspace, count: int, seed: int) -> ValidationRows:
@@ -115,7 +120,7 @@ def write_weights(weights_file: Path, start: Path, folder: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     if unexpected or {name.removeprefix("model.") for name in missing} - tied:
         raise RuntimeError(f"{weights_file} does not fit {start}: missing {missing}, unexpected {unexpected}")
-    save_model(folder, model, tokenizer, load_prompt(start))
+    save_model(folder, model, tokenizer, open_catalogue(start))
 
 
 def _facts(fitted: Fitted) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from recray.lm.selfcheck import check_sharing
 from recray.stages.fitting import Feed, Fit, RayContext, run_fit
 from recray.stages.flow import Job
 from recray.stages.recommender import (
+    catalogue_from,
     dtype_of,
     labels_of,
     open_from,
@@ -74,12 +75,12 @@ def _write_start(job: Job, name: str) -> Catalogue:
     else:
         model, tokenizer = load_model(part.model.path, dtype=dtype, trust_remote_code=part.model.trust_remote_code)
     catalogue = Catalogue.build(labels, tokenizer, template, part.prompt.max_tokens)
-    check_boundaries(catalogue, labels, tokenizer)
+    check_boundaries(catalogue, tokenizer)
     checked = validation_rows(job.workspace, 3, job.seed)
     error = check_sharing(ItemScorer(model), catalogue, checked.histories, [items[:8] for items in checked.candidates])
     logger.info("sft: shared prompts give the scores of separate ones, to %.1e nats", error)
     with TemporaryDirectory(prefix="recray-start-") as folder:
-        save_model(Path(folder), model, tokenizer, catalogue.facts())
+        save_model(Path(folder), model, tokenizer, catalogue)
         job.workspace.put_folder(Path(folder), ".training", name)
     job.out.facts |= {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -92,7 +93,7 @@ def _write_start(job: Job, name: str) -> Catalogue:
 
 def make_feed(workspace: Workspace, start: str, part: Sft, seed: int, world_size: int) -> Feed:
     """Return the feed of supervised fine-tuning, with the catalogue of the starting model."""
-    return sft_feed(workspace, open_from(workspace, ".training", start)[1], part, seed, world_size)
+    return sft_feed(workspace, catalogue_from(workspace, ".training", start), part, seed, world_size)
 
 
 def _work(

@@ -17,6 +17,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from recray.config import Align, Resources, Tune
 from recray.stages.alignment import Alignment, alignment, run_alignment, write_examples
+from recray.stages.cluster import DATA_CPUS
+from recray.stages.fitting import FEED_CPUS
 from recray.stages.flow import Job
 from recray.stages.recommender import refuse_other_reference
 
@@ -50,11 +52,16 @@ def run(job: Job) -> None:
 
 
 def trials_at_once(resources: Resources, cluster: dict[str, float]) -> int:
-    """Return how many trials' workers, and the actor that feeds them, fit into the cluster; at least one."""
-    needs = {"CPU": resources.num_workers * resources.cpus_per_worker + 0.5}
+    """Return how many trials fit into the cluster: workers, feed and driver of each, and one CPU that all data tasks
+    share; at least one.
+
+    More would deadlock: trials whose workers hold every CPU wait for data that no CPU is left to read.
+    """
+    cpus = resources.num_workers * resources.cpus_per_worker + FEED_CPUS + DRIVER_CPUS
+    fit = int((cluster.get("CPU", 0.0) - DATA_CPUS) // cpus)
     if resources.gpus_per_worker > 0:
-        needs["GPU"] = resources.num_workers * resources.gpus_per_worker
-    return max(1, min(int(cluster.get(name, 0.0) // need) for name, need in needs.items()))
+        fit = min(fit, int(cluster.get("GPU", 0.0) // (resources.num_workers * resources.gpus_per_worker)))
+    return max(1, fit)
 
 
 def _search(job: Job, part: Tune, start: Alignment, name: str) -> Tuner:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from recray.train.units import Unit
 
 
+@runtime_checkable
 class WorkerContext(Protocol):
     """One rank's view of the group it works in."""
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recray.distributed.collectives import sum_over_ranks, world
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the loop needs of an engine."""
 

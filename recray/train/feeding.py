@@ -1,7 +1,7 @@
 """From rows to units: what a data node computes for one rank and one step. Pure but for reading the rows.
 
 Axes:
-    G  rows of a global batch        N  negatives
+    G  rows of a global batch        N  negatives      K  candidates: the positive, then the negatives
     B  rows of it on this rank       D  width of user vectors
 """
 
@@ -74,7 +74,7 @@ class AlignFeed:
         return Unit(step, rank, micro_batches, arrays, rows.tolist())
 
     def _borrowing(
-        self, examples: Examples, items: Int[ndarray, "G 1+N"], mine: Int[ndarray, " B"]
+        self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
     ) -> dict[str, ndarray]:
         """Return who may use which negative, and the borrower's confidence in each."""
         settings = self._objective
@@ -106,7 +106,7 @@ class AlignFeed:
 
 
 def forbidden_items(
-    examples: Examples, items: Int[ndarray, "G 1+N"], mine: Int[ndarray, " B"]
+    examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
 ) -> Bool[ndarray, "B G N"]:
     """Return which negatives each of my users met in training or is being taught as its positive."""
     negatives = items[:, 1:].reshape(-1)

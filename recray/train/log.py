@@ -15,7 +15,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._file = folder / "metrics.jsonl"
-        self._events = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Add one line of `kind` "train" or "validation"."""
@@ -23,7 +23,7 @@ class MetricsLog:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in metrics.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)  # type: ignore[no-untyped-call]
+            self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return everything written so far."""
@@ -37,4 +37,4 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush the events."""
-        self._events.close()  # type: ignore[no-untyped-call]
+        self._events.close()

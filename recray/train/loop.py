@@ -45,7 +45,7 @@ class Progress:
     best: float = float("-inf")
     best_step: int = 0
     stale: int = 0  # validations since the best
-    seconds: float = 0.0  # of steps; validation and start-up not counted
+    seconds: float = 0.0  # of steps; validation, start-up and waiting for data not counted
     centre: float | None = None  # of the batch margin
 
 
@@ -113,7 +113,7 @@ def _train_until(
         result = take_step(engine, unit, rate)
         ended = time.perf_counter()
         progress.step += 1
-        progress.seconds += ended - started
+        progress.seconds += ended - fed
         timing = {
             "learning_rate": rate,
             "tokens_per_s": result.tokens / (ended - started),

@@ -4,7 +4,7 @@ What travels between ranks is scores, one number a candidate, and the gradient w
 backpropagated through a collective.
 
 Axes:
-    G  rows of the global batch      N  negatives
+    G  rows of the global batch      N  negatives     K  candidates: the positive, then the negatives
     B  rows of it on this rank       S  scored tokens
 """
 
@@ -100,8 +100,8 @@ class AlignStep:
         return sum_by_slot(engine.module(packed), packed)
 
     def _score_gradient(
-        self, every: Float[Tensor, "G 1+N"], reference: Float[Tensor, "G 1+N"], unit: Unit
-    ) -> tuple[Float[Tensor, "G 1+N"], dict[str, float]]:
+        self, every: Float[Tensor, "G K"], reference: Float[Tensor, "G K"], unit: Unit
+    ) -> tuple[Float[Tensor, "G K"], dict[str, float]]:
         """Return the gradient of the global mean loss with respect to every score, and what to log."""
         settings = self._settings
         leaf = (every - reference if settings.reference else every).requires_grad_()
@@ -113,7 +113,7 @@ class AlignStep:
             metrics = self._metrics(batch, losses, every, reference)
         return sum_over_ranks(grad), metrics
 
-    def _batch(self, score: Float[Tensor, "G 1+N"], unit: Unit) -> ScoreBatch:
+    def _batch(self, score: Float[Tensor, "G K"], unit: Unit) -> ScoreBatch:
         settings, device = self._settings, score.device
         arrays: dict[str, Tensor] = {
             name: torch.from_numpy(unit.arrays[name]).to(device)
