@@ -7,14 +7,13 @@ prompts are written. Only safetensors are read: a pickle can run code.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -118,20 +117,17 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     catalogue: Catalogue,
-    *,
-    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write weights (safetensors), tokenizer, items and prompt to `folder`, the prompt last.
 
     Args:
         folder: Made if need be.
-        model: Gives the configuration, and the weights unless `weights` does.
+        model: Weights and configuration.
         tokenizer: The one that `catalogue` was made with.
         catalogue: The items and their prompts, as in training.
-        weights: By parameter name; for models whose own parameters lie in shards elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, value in ((ITEMS_FILE, list(catalogue.labels)), (PROMPT_FILE, catalogue.facts())):
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -176,12 +172,10 @@ def open_recommender(
 
 
 def open_catalogue(folder: Path, labels: Sequence[str] | None = None) -> Catalogue:
-    """Return the catalogue of a model that recray trained, without loading its weights; raises as `open_recommender`."""
+    """Return the catalogue of a model that recray trained, without its weights; raises as `open_recommender`."""
     prompt = load_prompt(folder)
     items = _read_json(folder / ITEMS_FILE, list) if labels is None else labels
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     try:
         template = find_template(prompt["template"])
     except ConfigError as error:
