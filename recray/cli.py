@@ -159,6 +159,8 @@ def _check_places(pipeline: "Pipeline", *, needs_data: bool) -> None:
     """Refuse paths that are not there: all that can be told without reading the data."""
     import glob
 
+    from recray.config import Prompt
+
     if needs_data and pipeline.ingest.data is None:
         raise ConfigError(f"recipe {pipeline.name!r} needs --data PATH: a file, folder, glob or URI of logs")
     places = {"--data": pipeline.ingest.data, "ingest.items": pipeline.ingest.items}
@@ -170,6 +172,11 @@ def _check_places(pipeline: "Pipeline", *, needs_data: bool) -> None:
     model = pipeline.sft.model.path
     if model is not None and model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
         raise ConfigError(f"sft.model.path {model}: no such folder")
+    template = pipeline.sft.prompt.template
+    if template != Prompt().template:  # the names are kept beside code that imports transformers
+        from recray.data.prompts import find_template
+
+        find_template(template)
 
 
 def _check_names(names: list[str]) -> frozenset[str]:
