@@ -22,7 +22,15 @@ import ray.train
 import torch
 from pyarrow import fs as pafs
 from ray.data import ActorPoolStrategy, DataIterator, Dataset
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    DataConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from recray.config import Resources
@@ -75,6 +83,7 @@ def unit_dataset(make_feed: MakeFeed, world_size: int, *, first_step: int, steps
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     return dataset
 
 
@@ -174,6 +183,7 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
             storage_filesystem=workspace.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=callbacks,
         ),
         datasets={UNITS: ray.data.range(1)},

@@ -1,0 +1,92 @@
+"""Joined examples: by row and by item, never by position."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recray import schema
+from recray.data.examples import ExampleShards, join_examples, met_in_training, write_shards
+from recray.errors import DataError
+
+ROWS = 7
+
+
+def tables() -> dict[str, pa.Table]:
+    rng = np.random.default_rng(0)
+    targets = list(range(10, 10 + ROWS))
+    negatives = [rng.permutation(10)[:3].tolist() for _ in range(ROWS)]
+    items = [[target, *own] for target, own in zip(targets, negatives, strict=True)]
+    return {
+        "examples": pa.table(
+            [list(range(ROWS)), [f"u{row // 2}" for row in range(ROWS)], [[row, 0] for row in range(ROWS)], targets],
+            schema=schema.EXAMPLES,
+        ),
+        "negatives": pa.table([list(range(ROWS)), negatives], schema=schema.NEGATIVES),
+        # A score that names its row and item.
+        "reference": pa.table(
+            [list(range(ROWS)), items, [[row + item / 100 for item in own] for row, own in enumerate(items)]],
+            schema=schema.REFERENCE,
+        ),
+        "vectors": pa.table([list(range(ROWS)), [[row, -row] for row in range(ROWS)]], schema=schema.ROW_VECTORS),
+    }
+
+
+def joined(found: dict[str, pa.Table]) -> pa.Table:
+    histories = pa.table([[0, 1], ["u0", "u3"], [[5, 3], [90]]], schema=schema.HISTORIES)
+    met = met_in_training(histories, found["examples"])
+    return join_examples(found["examples"], found["negatives"], found["reference"], found["vectors"], met)
+
+
+def test_met_is_everything_in_any_training_row_of_the_user() -> None:
+    histories = pa.table([[0, 1], ["u0", "u3"], [[5, 3], [90]]], schema=schema.HISTORIES)
+    met = met_in_training(histories, tables()["examples"])
+    assert met["u0"].tolist() == [0, 1, 3, 5, 10, 11]
+    assert met["u3"].tolist() == [0, 6, 16, 90]
+
+
+def test_tables_in_any_order_and_scores_in_any_order_join_to_the_same(tmp_path: Path) -> None:
+    found = tables()
+    rng = np.random.default_rng(1)
+    shuffled = {name: table.take(pa.array(rng.permutation(ROWS))) for name, table in found.items()}
+    order = rng.permutation(4)
+    reference = shuffled["reference"]
+    shuffled["reference"] = pa.table(
+        [
+            reference["row"],
+            [[row[k] for k in order] for row in reference["items"].to_pylist()],
+            [[row[k] for k in order] for row in reference["scores"].to_pylist()],
+        ],
+        schema=schema.REFERENCE,
+    )
+    assert joined(shuffled).equals(joined(found))
+
+    write_shards(tmp_path, joined(found), shard_rows=3)
+    shards = ExampleShards(tmp_path, shard_rows=3)
+    taken = shards.take(np.array([6, 0, 4, 6]))
+    assert shards.num_rows == ROWS
+    assert taken.row.tolist() == [6, 0, 4, 6]
+    np.testing.assert_allclose(taken.reference, taken.row[:, None] + taken.items / 100, rtol=1e-6)
+    np.testing.assert_array_equal(taken.vector[:, 0], taken.row)
+    assert [history.tolist() for history in taken.histories] == [[6, 0], [0, 0], [4, 0], [6, 0]]
+    assert taken.met[1].tolist() == [0, 1, 3, 5, 10, 11]
+    assert taken.user[0] == taken.user[3] != taken.user[1]
+
+
+@pytest.mark.parametrize("name", ["negatives", "reference", "vectors"])
+def test_a_missing_row_is_named(name: str) -> None:
+    found = tables()
+    found[name] = found[name].filter(pa.array([row != 4 for row in range(ROWS)]))
+    with pytest.raises(DataError, match="row 4 is missing"):
+        joined(found)
+
+
+def test_a_missing_reference_score_is_named() -> None:
+    found = tables()
+    rows = found["reference"].to_pylist()
+    gone = rows[2]["items"].pop()
+    rows[2]["scores"].pop()
+    found["reference"] = pa.Table.from_pylist(rows, schema=schema.REFERENCE)
+    with pytest.raises(DataError, match=f"row 2 has none for item {gone}"):
+        joined(found)

@@ -1,0 +1,34 @@
+"""Confidence and the margins that follow from it."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from recray.objectives.margins import batch_margin, confidence, per_negative_margin
+
+
+def test_confidence_is_half_minus_the_percentile() -> None:
+    user = torch.tensor([[1.0]])
+    sample = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    items = torch.tensor([[-1.0], [1.5], [9.0], [1.0]])
+    # Below all; above two of four; above all; above one and level with one, which counts half.
+    assert_close(confidence(user, items, sample), torch.tensor([[0.5, 0.0, -0.5, 0.5 - 1.5 / 4]]))
+
+
+def test_confidence_does_not_depend_on_the_scale_of_a_users_vector() -> None:
+    rng = torch.Generator().manual_seed(0)
+    user, items, sample = (torch.randn(n, 4, generator=rng, dtype=torch.float64) for n in (3, 6, 50))
+    scale = torch.tensor([[0.1], [1.0], [100.0]], dtype=torch.float64)
+    assert_close(confidence(user * scale, items, sample), confidence(user, items, sample))
+
+
+def test_the_surer_the_larger_the_margin_and_never_below_zero() -> None:
+    sure = torch.tensor([[[-0.5, 0.0, 0.5]]])
+    assert_close(per_negative_margin(sure, base=1.0, slope=0.3), torch.tensor([[[0.85, 1.0, 1.15]]]))
+    assert_close(per_negative_margin(sure, base=1.0, slope=4.0), torch.tensor([[[0.0, 1.0, 3.0]]]))
+
+
+def test_the_batch_margin_falls_as_negatives_are_liked_more() -> None:
+    assert batch_margin(1.0, 1.0, base=2.0, slope=0.3) == pytest.approx(2.0)
+    assert batch_margin(2.0, 1.0, base=2.0, slope=0.3) == pytest.approx(2.0 * 0.7)
+    assert batch_margin(9.0, 1.0, base=2.0, slope=0.3) == 0.0

@@ -1,0 +1,94 @@
+"""Feeds: which rows, whose negatives, and that the cut does not change what is in a step."""
+
+import numpy as np
+import pytest
+
+from recray.config import Objective
+from recray.train.feeding import AlignFeed, Share, StreamFeed, forbidden_items, windows_of
+from recray.train.order import Order, rows_of_step
+
+ORDER = Order(num_rows=24, global_batch=8, seed=5)
+
+
+def align_feed(world, share: Share, **settings: object) -> AlignFeed:  # type: ignore[no-untyped-def]
+    return AlignFeed(
+        world.shards, world.catalogue, world.item_vectors, ORDER, share, Objective(**settings), num_negatives=3
+    )
+
+
+def whole(feed: AlignFeed, ranks: int, name: str, step: int = 2) -> np.ndarray:
+    """An array of all ranks, put back into the order of the global batch."""
+    units = [feed.unit(step, rank) for rank in range(ranks)]
+    places = np.concatenate([unit.arrays["place"] for unit in units])
+    return np.concatenate([unit.arrays[name] for unit in units])[np.argsort(places)]
+
+
+@pytest.mark.parametrize("name", ["usable", "confidence"])
+def test_what_users_may_borrow_does_not_depend_on_the_cut(world, name: str) -> None:  # type: ignore[no-untyped-def]
+    one = whole(align_feed(world, Share(1, 10**6)), 1, name)
+    assert one.shape == (8, 8, 3)
+    for share in (Share(2, 10**6), Share(3, 100), Share(2, 10**6, least_micro_batches=3)):
+        np.testing.assert_array_equal(whole(align_feed(world, share), share.world_size, name), one)
+
+
+def test_a_unit_holds_the_rows_that_the_order_says(world) -> None:  # type: ignore[no-untyped-def]
+    feed = align_feed(world, Share(2, 10**6))
+    for step in range(4):
+        expected = rows_of_step(ORDER, step).tolist()
+        units = [feed.unit(step, rank) for rank in range(2)]
+        assert [unit.rows for unit in units] == [expected, expected]
+        assert sorted(np.concatenate([unit.arrays["place"] for unit in units])) == list(range(8))
+        np.testing.assert_array_equal(units[0].arrays["reference"], world.shards.take(np.array(expected)).reference[:, :4])
+
+
+def test_the_guard_keeps_out_what_the_borrower_met_or_is_taught(world) -> None:  # type: ignore[no-untyped-def]
+    rows = rows_of_step(ORDER, 2)
+    examples = world.shards.take(rows)
+    items = examples.items[:, :4]
+    usable = whole(align_feed(world, Share(1, 10**6), sharing_fraction=1.0), 1, "usable")
+    unguarded = whole(align_feed(world, Share(1, 10**6), sharing_fraction=1.0, guard=False), 1, "usable")
+    caught = 0
+    for borrower in range(8):
+        for owner in range(8):
+            for n in range(3):
+                item = items[owner, 1 + n]
+                bad = item in examples.met[borrower] or item == items[borrower, 0]
+                same_user = examples.user[borrower] == examples.user[owner] and borrower != owner
+                assert unguarded[borrower, owner, n] == (not same_user)
+                expected = not same_user and (borrower == owner or not bad)
+                assert usable[borrower, owner, n] == expected
+                caught += bad and borrower != owner
+    assert caught > 0
+
+
+def test_forbidden_items_of_some_users_are_rows_of_those_of_all(world) -> None:  # type: ignore[no-untyped-def]
+    examples = world.shards.take(np.arange(6))
+    items = examples.items[:, :4]
+    every = forbidden_items(examples, items, np.arange(6))
+    some = forbidden_items(examples, items, np.array([4, 1]))
+    np.testing.assert_array_equal(some, every[[4, 1]])
+
+
+@pytest.mark.parametrize("settings", [{"name": "sdpo"}, {"sharing": "none"}])
+def test_without_sharing_everyone_uses_only_its_own(world, settings: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
+    usable = whole(align_feed(world, Share(1, 10**6), **settings), 1, "usable")
+    np.testing.assert_array_equal(usable, np.repeat(np.eye(8, dtype=bool)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 20])
+def test_every_item_is_a_target_once_an_epoch_whatever_the_shift(world, window: int) -> None:  # type: ignore[no-untyped-def]
+    lengths = np.array([history.size for history in world.histories])
+    rows = int(windows_of(lengths, window)[0].size)
+    feed = StreamFeed(
+        world.histories, world.catalogue, Order(rows, rows, 0), Share(1, 10**6), window_items=window
+    )
+    scored = []
+    for epoch in range(4):
+        items = [feed._items(row, epoch) for row in range(rows)]
+        assert all(item.size for item in items)
+        got = np.concatenate(items)
+        np.testing.assert_array_equal(got, np.concatenate(world.histories))
+        (micro,) = feed.unit(epoch, 0).micro_batches
+        scored.append(micro.layout.label.size)
+    assert len(set(scored)) == 1
+    assert scored[0] == sum(world.catalogue.item_lengths[history].sum() for history in world.histories)
