@@ -110,6 +110,7 @@ class DeepSpeedEngine:
             },
         )
         self._engine: Any = engine
+        self._stage = zero_stage
         self.module = engine
 
     @property
@@ -126,13 +127,15 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # Stage 0 keeps whole gradients, reduced by now, and does not say their norm.
+        whole = [p.grad for p in self._engine.module.parameters() if p.grad is not None] if not self._stage else []
+        norm = nn.utils.get_total_norm(whole) if whole else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def whole_weights(self) -> dict[str, Tensor]:
         inner: nn.Module = self._engine.module
-        with _gathered(list(inner.parameters()), stage=self._engine.zero_optimization_stage()):
+        with _gathered(list(inner.parameters()), stage=self._stage):
             return _distinct_copies(inner)
 
     def save(self, folder: Path, tag: str) -> None:
