@@ -10,13 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
-import torch
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 from rich.console import Console
 
 from recray.errors import DataError
-from recray.lm.scorer import load_scorer
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.ragged import padded
 from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, rank_rows
@@ -58,17 +56,13 @@ def run(job: Job) -> None:
     training = _training(job.workspace)
     test = job.workspace.table("sequences", "test", columns=["row", "user_id", "target"]).sort_by("row")
     if test.num_rows == 0:
-        raise DataError(
-            "sequences/test has no rows, so there is nothing to evaluate; see sequences.test_fraction"
-        )
+        raise DataError("sequences/test has no rows, so there is nothing to evaluate; see sequences.test_fraction")
     seconds = {}
     for model in MODELS:
         started = time.monotonic()
         _rank(job, model, training)
         seconds[model.name] = round(time.monotonic() - started, 1)
-        logger.info(
-            "evaluate: %s ranked %s rows in %.1f s", model.name, f"{test.num_rows:,}", seconds[model.name]
-        )
+        logger.info("evaluate: %s ranked %s rows in %.1f s", model.name, f"{test.num_rows:,}", seconds[model.name])
     ranked = {model.name: _ranked(job, model.name, test) for model in MODELS}
     job.out.counts["rows"] = test.num_rows * len(MODELS)
     job.out.facts["seconds"] = seconds
@@ -124,10 +118,13 @@ def _counting_scorer(stored: Any) -> Scorer:
     return score
 
 
-def _language_scorer(
-    workspace: Workspace, stage: str, *, tokens_per_micro_batch: int, threads: int
-) -> Scorer:
+def _language_scorer(workspace: Workspace, stage: str, *, tokens_per_micro_batch: int, threads: int) -> Scorer:
     """Return a language model's scorer, its folder opened where it is used: this may be another machine."""
+    # Imported here: torch and transformers take seconds, which replicas of the counting models need not wait.
+    import torch
+
+    from recray.lm.scorer import load_scorer
+
     torch.set_num_threads(threads)
     scorer = load_scorer(workspace.folder(stage, "model"), tokens_per_micro_batch=tokens_per_micro_batch)
 
@@ -165,7 +162,7 @@ def _rank(job: Job, model: Model, training: Training) -> None:
         fn_constructor_args=(model.name, model.opener(job, training), job.part.keep_ranked),
         batch_format="pyarrow",
         batch_size=ROWS_AT_ONCE,
-        compute=ActorPoolStrategy(size=resources.data_actors),
+        compute=ActorPoolStrategy(min_size=1, max_size=resources.data_actors),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker if model.needs_accelerator else 0,
     )
@@ -179,7 +176,8 @@ def _ranked(job: Job, model: str, test: pa.Table) -> Ranked:
     table = table.sort_by("row")
     if not np.array_equal(table["row"].to_numpy(), test["row"].to_numpy()):
         raise DataError(
-            f"{model} ranked {table.num_rows} rows, but sequences/test has {test.num_rows}, each to be once"
+            f"{model} ranked {table.num_rows} rows, but sequences/test has {test.num_rows}, "
+            "each of them to be ranked once"
         )
     recommended, _ = padded(*flat_lists(table["ranked"]), fill=-1)
     return Ranked(table["rank"].to_numpy().astype(np.int64), recommended.astype(np.int64))

@@ -67,9 +67,10 @@ def test_cooccurrence_by_hand() -> None:
 
 
 def test_only_the_latest_items_of_a_long_history_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "LATEST_ITEMS", 3)
-    model = Cooccurrence.of(*concatenated([np.array([5, 0, 1, 2, 1])]), 6)
-    assert model.pairs.tolist() == [0 * 6 + 1, 0 * 6 + 2, 1 * 6 + 2]
+    monkeypatch.setattr(baselines, "LATEST_ITEMS", 2)
+    # Item 1 was met first and again last: it is the latest.
+    model = Cooccurrence.of(*concatenated([np.array([1, 0, 2, 1])]), 6)
+    assert model.pairs.tolist() == [1 * 6 + 2]
 
 
 def test_a_repeat_counts_once_and_users_do_not_mix() -> None:

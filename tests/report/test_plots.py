@@ -81,11 +81,8 @@ def test_labels_of_near_points_lie_apart() -> None:
     metrics = [_entry(model, 0.60 + place / 1e4, 50.0 + place) for place, model in enumerate(plots.MODELS)]
     picture = popularity_picture(metrics, None) or ""
     names = ("Popularity", "Co-occurrence", "SASRec", "SFT", "Aligned")
-    found = dict(re.findall(r"translate\([\d.]+ ([\d.]+)\)\"[^>]*>([^<]+)<", picture))
-    heights = sorted(float(height) for height, name in found.items() if name in names)
-    if not heights:  # text placed by x and y attributes instead
-        found = dict(re.findall(r'<text[^>]*? y="([\d.]+)"[^>]*>([^<]+)<', picture))
-        heights = sorted(float(height) for height, name in found.items() if name in names)
+    found = re.findall(r'<text[^>]*? y="([\d.]+)"[^>]*>([^<]+)<', picture)
+    heights = sorted(float(height) for height, name in found if name in names)
     assert len(heights) == 5
     assert min(np.diff(heights)) > 8.0
 

@@ -186,6 +186,7 @@ def test_rows_that_were_lost_or_ranked_twice_are_refused(
         job.out.write_table("rows", ranked.take(pa.array(kept)))
 
     monkeypatch.setattr(evaluate, "_rank", write)
+    monkeypatch.setattr(evaluate, "MODELS", evaluate.MODELS[:1])
     with pytest.raises(DataError, match=r"popularity ranked (39|41) rows, but sequences/test has 40"):
         _run(workspace, Evaluate())
     assert not workspace.exists("evaluate")
