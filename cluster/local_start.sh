@@ -2,16 +2,33 @@
 # A one-machine Ray cluster that takes jobs: token authentication on, dashboard and jobs API on this machine only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-ray="${RAY:-.venv/bin/ray}"
+state="${RECRAY_CLUSTER_STATE:-$HOME/.ray/recray-local}" # process id and log of the cluster started here
+mkdir -p "$state"
+if [ -f "$state/pid" ] && ps -p "$(cat "$state/pid")" -o args= 2>/dev/null | grep -q 'ray start'; then
+  echo "already running, process $(cat "$state/pid"); stop it with cluster/local_stop.sh" >&2
+  exit 1
+fi
 
-export RAY_AUTH_MODE=token
-"$ray" get-auth-token --generate >/dev/null
-"$ray" start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port=8265 --disable-usage-stats
+# A job's `python` is the one that the cluster finds first.
+export RAY_AUTH_MODE=token PATH="$PWD/.venv/bin:$PATH"
+ray get-auth-token --generate >/dev/null
+# --block: one process that takes all others of this cluster with it, so that stopping need not guess by name.
+nohup setsid ray start --head --block --dashboard-host=127.0.0.1 --dashboard-port=8265 --disable-usage-stats \
+  >"$state/log" 2>&1 </dev/null &
+echo $! >"$state/pid"
 
-cat <<TEXT
-
-Submit from the project's root, with the token that lies in ~/.ray/auth_token:
-  export RAY_AUTH_MODE=token
-  $ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m pipelines.run --recipe demo --workspace \$PWD/workspace-demo
-Stop with cluster/local_stop.sh.
-TEXT
+for _ in $(seq 60); do
+  if ray job list --address http://127.0.0.1:8265 >/dev/null 2>&1; then
+    echo "Ray runs (process $(cat "$state/pid"), log $state/log). From the project's root:"
+    echo "  export RAY_AUTH_MODE=token"
+    echo "  .venv/bin/ray job submit --address http://127.0.0.1:8265 --working-dir . \\"
+    echo "      -- python -m pipelines.run --recipe demo --workspace \$PWD/workspace-demo"
+    echo "Stop with cluster/local_stop.sh"
+    exit 0
+  fi
+  ps -p "$(cat "$state/pid")" >/dev/null || break
+  sleep 1
+done
+echo "Ray did not start; its log:" >&2
+tail -n 20 "$state/log" >&2
+exit 1

@@ -30,8 +30,8 @@ def mix(*keys: Any) -> Hash:
             values = np.asarray(key)
             if values.dtype != np.uint64:
                 values = values.astype(np.int64).astype(np.uint64)
-            state = _finalise(state + values + _STEP)
-    return np.asarray(state)
+            state = _finalise(np.asarray(state + values + _STEP))
+    return state
 
 
 def hash_strings(values: pa.Array | pa.ChunkedArray) -> Hash:
@@ -75,4 +75,4 @@ def _hash_distinct(values: pa.Array) -> Hash:
 def _finalise(state: Hash) -> Hash:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    return np.asarray(state ^ (state >> np.uint64(31)))  # numpy turns arrays without axes into scalars

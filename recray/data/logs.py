@@ -333,7 +333,10 @@ def _iso_seconds(text: pa.Array) -> pa.Array:
         return pc.if_else(pc.equal(found, ""), default, found)
 
     whole = pc.binary_join_element_wise(part("day", ""), "T", part("clock", "00:00"), part("second", ":00"), "")
-    seconds = pc.cast(pc.strptime(whole, format="%Y-%m-%dT%H:%M:%S", unit="s", error_is_null=True), pa.int64())
+    moments = pc.strptime(whole, format="%Y-%m-%dT%H:%M:%S", unit="s", error_is_null=True)
+    # strptime takes 30 February for 1 March.
+    real = pc.equal(pc.day(moments), pc.cast(pc.utf8_slice_codeunits(whole, 8, 10), pa.int64()))
+    seconds = pc.cast(pc.if_else(real, moments, pa.scalar(None, moments.type)), pa.int64())
     hours, minutes = (pc.cast(part(name, "0"), pa.int64()) for name in ("hours", "minutes"))
     offset = pc.add(pc.multiply(hours, 3600), pc.multiply(minutes, 60))
     return pc.subtract(seconds, pc.if_else(pc.equal(part("sign", "+"), "-"), pc.negate(offset), offset))

@@ -290,7 +290,7 @@ def list_size(targets: pa.Table, default: int) -> int:
 def drawn_candidates(
     met: pa.ListArray, target: NDArray[np.int32], key: Hash, *, count: int, num_items: int
 ) -> pa.ListArray:
-    """Return `count` candidates a row: the target at a seeded place, the others uniform over what is neither it nor met.
+    """Return `count` candidates a row: the target at a seeded place, the others uniform over the rest that is unmet.
 
     Each row walks through one endless draw that its key alone decides, whatever the target, and takes the first
     `count` - 1 items that are new, unmet and not the target. So a larger count begins with a smaller one's, and rows
@@ -332,7 +332,7 @@ def _with_target(negatives: NDArray[np.int32], wanted: Ints, target: NDArray[np.
 
 
 def _completed(candidates: pa.ListArray, target: NDArray[np.int32], key: Hash) -> pa.ListArray:
-    """Return published candidates without repetitions and with the target, put in at a seeded place if it is missing."""
+    """Return published candidates without repetitions, the target put in at a seeded place where it is missing."""
     lengths = _lengths(candidates)
     row = np.repeat(np.arange(len(target)), lengths)
     items = _flat(candidates)

@@ -39,29 +39,42 @@ LIKED = 0.5
 START_S, SPAN_S = 1_640_995_200, 2 * 365 * 86_400  # 2022 and 2023
 CHUNK_CELLS = 32_000_000  # users x items of one chunk: bounds the memory
 
-ADJECTIVES = (
-    "Silent Hidden Golden Broken Distant Burning Frozen Crimson Hollow Gentle Restless Forgotten Velvet Wandering Iron "
-    "Paper Electric Midnight Scarlet Empty Secret Winter Summer Lonely Painted Shattered Quiet Savage Tender Bitter "
-    "Emerald Faded Glass Haunted Invisible Jagged Kindred Last Marble Narrow Ordinary Patient Rising Stolen Tangled "
-    "Unspoken Vanishing Weathered Yellow Amber Blind Clever Dusty Eternal Fearless Grey Humble Idle Jaded Kind"
+ADJECTIVES = (  # noqa: SIM905
+    "Silent Hidden Golden Broken Distant Burning Frozen Crimson Hollow Gentle Restless Forgotten Velvet "
+    "Wandering Iron Paper Electric Midnight Scarlet Empty Secret Winter Summer Lonely Painted Shattered "
+    "Quiet Savage Tender Bitter Emerald Faded Glass Haunted Invisible Jagged Kindred Last Marble Narrow "
+    "Ordinary Patient Rising Stolen Tangled Unspoken Vanishing Weathered Yellow Amber Blind Clever Dusty "
+    "Eternal Fearless Grey Humble Idle Jaded Kind"
 ).split()
-NOUNS = (
-    "Harbor Tide Lighthouse Sailor Current Island Voyage Anchor Shore Storm Planet Orbit Signal Machine Colony Comet "
-    "Engine Android Frontier Star Sword Kingdom Dragon Tower Oath Crown Raven Forest Quest Spell Detective Alibi Witness "
-    "Cipher Motive Verdict Clue Shadow Informer Case Wedding Letter Kiss Promise Dance Heart Summerhouse Garden Stranger "
-    "Melody Ghost Cellar Mirror Whisper Grave Curse Attic Scream Fog Doll Soldier Trench Bridge General Front Convoy Flag "
-    "Retreat Bugle Truce Ranch Sheriff Canyon Saddle Outlaw Prairie Rider Sundown Mesa Trail Joke Neighbor Uncle Holiday "
-    "Mishap Roommate Parade Clown Party Banquet Goal Racer Coach Season Champion Marathon Ring Rookie Match Team River "
-    "Mountain Glacier Wolf Desert Meadow Reef Eagle Jungle Valley Senator Trial Scandal Ballot Spy Treaty Embassy Leak "
-    "Court Summit"
+NOUNS = (  # noqa: SIM905
+    "Harbor Tide Lighthouse Sailor Current Island Voyage Anchor Shore Storm Planet Orbit Signal Machine "
+    "Colony Comet Engine Android Frontier Star Sword Kingdom Dragon Tower Oath Crown Raven Forest Quest "
+    "Spell Detective Alibi Witness Cipher Motive Verdict Clue Shadow Informer Case Wedding Letter Kiss "
+    "Promise Dance Heart Summerhouse Garden Stranger Melody Ghost Cellar Mirror Whisper Grave Curse Attic "
+    "Scream Fog Doll Soldier Trench Bridge General Front Convoy Flag Retreat Bugle Truce Ranch Sheriff "
+    "Canyon Saddle Outlaw Prairie Rider Sundown Mesa Trail Joke Neighbor Uncle Holiday Mishap Roommate "
+    "Parade Clown Party Banquet Goal Racer Coach Season Champion Marathon Ring Rookie Match Team River "
+    "Mountain Glacier Wolf Desert Meadow Reef Eagle Jungle Valley Senator Trial Scandal Ballot Spy Treaty "
+    "Embassy Leak Court Summit"
 ).split()
-PLACES = (
-    "Avalon Bergamo Cordoba Delphi Elba Florence Geneva Havana Ithaca Jaipur Kyoto Lisbon Madras Naples Odessa Palermo "
-    "Quebec Riga Samara Trieste Utrecht Verona Warsaw Xanthi York Zagreb"
+PLACES = (  # noqa: SIM905
+    "Avalon Bergamo Cordoba Delphi Elba Florence Geneva Havana Ithaca Jaipur Kyoto Lisbon Madras Naples "
+    "Odessa Palermo Quebec Riga Samara Trieste Utrecht Verona Warsaw Xanthi York Zagreb"
 ).split()
-GENRES = ("Seafaring,Science Fiction,Fantasy,Mystery,Romance,Horror,War,Western,Comedy,Sport,Nature,Politics").split(
-    ","
-)
+GENRES = [
+    "Seafaring",
+    "Science Fiction",
+    "Fantasy",
+    "Mystery",
+    "Romance",
+    "Horror",
+    "War",
+    "Western",
+    "Comedy",
+    "Sport",
+    "Nature",
+    "Politics",
+]
 VOLUMES = ("", " II", " III", " IV")
 
 
@@ -274,7 +287,7 @@ def _interactions_a_user(total: int, num_users: int, num_items: int, generator: 
     """Return how much each user does: many a little, a few a lot, `total` together where that is possible."""
     most = min(num_items, max(MOST_INTERACTIONS, 4 * total // num_users))
     share = generator.lognormal(0.0, 0.8, num_users)
-    counts = np.clip(share / share.sum() * total, min(FEWEST_INTERACTIONS, most), most).astype(np.int64)
+    counts: Ints = np.clip(share / share.sum() * total, min(FEWEST_INTERACTIONS, most), most).astype(np.int64)
     for _ in range(64):
         missing = total - int(counts.sum())
         open_users = np.flatnonzero(counts < most if missing > 0 else counts > 1)

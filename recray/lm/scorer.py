@@ -52,7 +52,7 @@ class ItemScorer(nn.Module):
         self._float_mask = config._attn_implementation == "eager"
 
     def forward(self, packed: Packed) -> Float[Tensor, " S"]:
-        """Return log pi(label | everything it may see), in nats, float32, one a scored token."""
+        """Return log pi(label | everything it may see), in nats, float32 or wider, one a scored token."""
         hidden = self.hidden(packed)
         chunk = max(1, LOGITS_AT_ONCE // self._vocabulary)
         if packed.source.numel() <= chunk or not torch.is_grad_enabled():
@@ -81,7 +81,8 @@ class ItemScorer(nn.Module):
 
     def _log_probability(self, hidden: Float[Tensor, "s D"], label: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
         # float32: bf16 keeps 8 bits of mantissa, so a log-probability near -40 would be off by a quarter of a nat.
-        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = self.model.get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._softcap is not None:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         picked: Tensor = logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(dim=1)

@@ -71,14 +71,23 @@ def chances(seed: int, rows: Int[ndarray, " R"], counters: Int[ndarray, " K"], u
     seeded = _mix(np.array([seed], dtype=np.uint64) * np.uint64(4) + np.uint64(use))
     of_row = _mix(seeded ^ rows.astype(np.uint64))[:, None]
     hashed = _mix(of_row + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-    return (hashed >> np.uint64(11)) * 2.0**-53
+    inside: ndarray = (hashed >> np.uint64(11)) * 2.0**-53
+    return inside
+
+
+def contains(keys: Int[ndarray, " M"], wanted: Int[ndarray, "*shape"]) -> Bool[ndarray, "*shape"]:
+    """Return which of `wanted` are among the sorted `keys`."""
+    if len(keys) == 0:
+        return np.zeros(wanted.shape, dtype=bool)
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.asarray(keys[at] == wanted)
 
 
 def _mix(value: UInt64[ndarray, "..."]) -> UInt64[ndarray, "..."]:
     """Return the finaliser of splitmix64 (Steele, Lea and Flood 2014): each bit in moves each bit out."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    return np.bitwise_xor(value, value >> np.uint64(31))
 
 
 def _chunk(
@@ -102,7 +111,7 @@ def _chunk(
     while len(pending):
         counters = np.arange(first, first + width)
         items = place(chances(seed, rows[pending], counters, _DRAW))
-        fresh = ~_contains(keys, pending[:, None] * num_items + items)
+        fresh = ~contains(keys, pending[:, None] * num_items + items)
         fresh &= counters < patience[pending, None]
         _accept(drawn, found, pending, items, fresh)
         first, width = first + width, max(width, min(2 * width, CELLS_AT_ONCE // len(pending)))
@@ -151,14 +160,6 @@ def _race(
     finish[weights == 0] = np.inf
     finish[barred] = np.inf
     return np.argsort(finish, kind="stable")[:wanted]
-
-
-def _contains(keys: Int[ndarray, " M"], wanted: Int[ndarray, "R K"]) -> Bool[ndarray, "R K"]:
-    """Return which of `wanted` are among the sorted `keys`."""
-    if len(keys) == 0:
-        return np.zeros(wanted.shape, dtype=bool)
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.asarray(keys[at] == wanted)
 
 
 def _check(

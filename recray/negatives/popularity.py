@@ -43,7 +43,7 @@ def draw(
     def place(chance: Float[ndarray, "R K"]) -> Int[ndarray, "R K"]:
         # Rounding may carry the largest chances to the very end, beyond the last item that can be drawn.
         found = np.searchsorted(cumulative, chance * cumulative[-1], side="right")
-        return np.minimum(found, int(np.flatnonzero(likely)[-1]))
+        return found.clip(max=int(np.flatnonzero(likely)[-1]))
 
     return distinct(rows, met_items, met_offsets, num=num, seed=seed, place=place, weights=likely)
 
@@ -59,4 +59,5 @@ def weights(*, frequency: Int[ndarray, " I"], exponent: float) -> Float[ndarray,
     """
     if exponent < 0:
         raise ValueError(f"the exponent of popularity must not be negative, got {exponent}")
-    return np.power(frequency.astype(np.float64), exponent)
+    likely: ndarray = frequency.astype(np.float64) ** exponent
+    return likely

@@ -23,8 +23,8 @@ def draw(
 
     Seeded by (seed, row) alone, and prefix-nested: the first N of any larger draw. See `recray.negatives.draws`.
 
-    >>> draw(np.array([7]), np.array([0, 2]), np.array([0, 2]), num=2, num_items=4, seed=0).tolist() in ([[1, 3]], [[3, 1]])
-    True
+    >>> sorted(draw(np.array([7]), np.array([0, 2]), np.array([0, 2]), num=2, num_items=4, seed=0)[0].tolist())
+    [1, 3]
 
     Args:
         rows: [R] row ids.

@@ -49,7 +49,7 @@ from recray.stages.flow import Job
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_PARTITION = 500_000
+ROWS_PER_PARTITION = 2_000_000
 SEQUENCE_COLUMNS = ("split", "user_id", "history", "target", "candidates")
 
 
@@ -247,7 +247,7 @@ def _require_users(num_users: int, account: dict[str, int]) -> None:
     if num_users < 2:
         told = ", ".join(f"{name} {rows:,}" for name, rows in account.items() if rows)
         raise DataError(
-            f"the log is of {num_users} user{'s' * (num_users != 1)}, expected at least two ({told or 'nothing left'}); "
+            f"the log is of {num_users} user{'s' * (num_users != 1)}, expected at least two (rows: {told}); "
             "name more data, or lower ingest.min_rating and the k-core"
         )
 

@@ -46,7 +46,7 @@ from recray.stages.flow import Job
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_PARTITION = 500_000
+ROWS_PER_PARTITION = 2_000_000
 DRAWS_PER_CHUNK = 4_000_000
 HELD_OUT = ("validation", "test")
 OTHER_SPLITS = "take sequences.split published (where the data has sequences) or leave_one_out"
@@ -156,10 +156,7 @@ def _published(job: Job, part: Sequences, num_items: int) -> tuple[list[Block], 
     targets = {name: targets_of_published(rows, name, seed=job.seed) for name in HELD_OUT}
     counts = {name: {"held_out": each.num_rows, "eligible": each.num_rows} for name, each in targets.items()}
     train = rows.filter(pc.equal(rows["split"], "train"))
-    if train.num_rows:
-        refs = _published_training(part, train)
-    else:
-        refs = _training_before(job, part, targets)
+    refs = _published_training(part, train) if train.num_rows else _training_before(job, part, targets)
     describe = ray.remote(_described)
     described = ray.get([describe.remote(ref, num_items) for ref in refs])
     blocks = [

@@ -105,9 +105,7 @@ class AlignFeed:
         return top_fraction(similar, place, user, fraction=settings.sharing_fraction)
 
 
-def forbidden_items(
-    examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
-) -> Bool[ndarray, "B G N"]:
+def forbidden_items(examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> Bool[ndarray, "B G N"]:
     """Return which negatives each of my users met in training or is being taught as its positive."""
     negatives = items[:, 1:].reshape(-1)
     forbidden = np.zeros((mine.size, negatives.size), dtype=bool)

@@ -77,14 +77,14 @@ class AlignStep:
         places = [torch.from_numpy(micro.places).to(engine.device) for micro in unit.micro_batches]
         one_pass = len(packs) == 1  # then its graph is kept; else each micro-batch is scored again for its backward
 
-        own = torch.zeros_like(reference)
         kept: list[Tensor] = []
-        for packed, place in zip(packs, places, strict=True):
+        for packed in packs:
             with torch.set_grad_enabled(one_pass):
-                scores = self._scores(engine, packed)
-            kept.append(scores)
+                kept.append(self._scores(engine, packed))
+        own = torch.zeros(reference.shape, dtype=kept[0].dtype, device=engine.device)
+        for scores, place in zip(kept, places, strict=True):
             if place.numel():
-                own[place] = scores.detach().view(place.numel(), -1).to(own.dtype)
+                own[place] = scores.detach().view(place.numel(), -1)
         every = sum_over_ranks(own)  # each row is some rank's own, the others add zero
 
         grad, metrics = self._score_gradient(every, reference, unit)

@@ -145,7 +145,7 @@ class _Trainer:
         self.optimiser.zero_grad()
         loss, count = self.loss(mine, step)
         if count:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         total = self.reduced(loss, count)
         self.optimiser.step()
         return total
@@ -169,7 +169,7 @@ class _Trainer:
         ends = torch.stack([loss.detach().float(), torch.tensor(float(count), device=loss.device)])
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         total = sum_over_ranks(torch.cat([*(piece.flatten() for piece in pieces), ends]))
-        grads = (total[:-2] / total[-1]).split([p.numel() for p in self.parameters])
+        grads = torch.split(total[:-2] / total[-1], [p.numel() for p in self.parameters])
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad.view_as(parameter)
         return total[-2:].double().cpu()

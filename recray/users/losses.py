@@ -42,7 +42,8 @@ def full_softmax(
         targets: [T] y, the item that came next.
         logits_at_once: Most logits of a chunk; at least one token's.
     """
-    value: Tensor = _FullSoftmax.apply(states, items, targets, max(1, logits_at_once // len(items)))
+    chunk = max(1, logits_at_once // len(items))
+    value: Tensor = _FullSoftmax.apply(states, items, targets, chunk)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -57,9 +58,8 @@ class _FullSoftmax(torch.autograd.Function):
         total = torch.zeros((), dtype=states.dtype, device=states.device)
         # One buffer for all chunks: fresh memory for each costs more than the product that fills it.
         buffer = states.new_empty(min(chunk, len(states)), len(items))
-        for state, target, place in zip(
-            states.split(chunk), targets.split(chunk), range(0, len(states), chunk), strict=True
-        ):
+        for place in range(0, len(states), chunk):
+            state, target = states[place : place + chunk], targets[place : place + chunk]
             logits = torch.mm(state, items.T, out=buffer[: len(state)])
             positive = logits.gather(1, target[:, None])[:, 0]
             largest = logits.amax(dim=1)

@@ -1,6 +1,6 @@
 """One rank of a group that aligns a small model under every engine; run by test_many_equals_one.py, never collected.
 
-    python align_worker.py FOLDER RANK WORLD PORT ENGINE[:ZERO]:MICRO ...
+python align_worker.py FOLDER RANK WORLD PORT ENGINE[:ZERO]:MICRO ...
 """
 
 import os

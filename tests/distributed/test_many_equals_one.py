@@ -33,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     template = find_template("titles")
     tokenizer = train_tokenizer(training_texts(template, labels), 300)
     catalogue = Catalogue.build(labels, tokenizer, template, 96)
-    model = make_model(
-        tokenizer, hidden_size=16, layers=2, heads=2, intermediate_size=24, max_positions=256, seed=1
-    )
+    model = make_model(tokenizer, hidden_size=16, layers=2, heads=2, intermediate_size=24, max_positions=256, seed=1)
     save_model(path / "model", model, tokenizer, catalogue)
     rows = list(range(ROWS))
     histories = [rng.integers(ITEMS, size=rng.integers(1, 8)).tolist() for _ in rows]

@@ -9,7 +9,9 @@ from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
 from recray.lm.load import make_model
 
-LABELS = [f"The {word} of {place} {year}" for word in ("Fox", "Owl", "Elk") for place in ("Rome", "Oslo") for year in (1, 22)]
+LABELS = [
+    f"The {word} of {place} {year}" for word in ("Fox", "Owl", "Elk") for place in ("Rome", "Oslo") for year in (1, 22)
+]
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +29,7 @@ def catalogue(tokenizer: PreTrainedTokenizerBase) -> Catalogue:
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A two-layer Llama with random weights."""
-    return make_model(
-        tokenizer, hidden_size=32, layers=2, heads=2, intermediate_size=48, max_positions=256, seed=3
-    )
+    return make_model(tokenizer, hidden_size=32, layers=2, heads=2, intermediate_size=48, max_positions=256, seed=3)
 
 
 @pytest.fixture

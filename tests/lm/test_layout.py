@@ -105,7 +105,9 @@ def test_padding_belongs_to_no_segment() -> None:
     assert layout.tokens.shape == (2, 3)
 
 
-@pytest.mark.parametrize(("prompts", "own", "named"), [([2, 0], [[1], [1]], "prompt 1"), ([2], [[1, 0]], "candidate 1")])
+@pytest.mark.parametrize(
+    ("prompts", "own", "named"), [([2, 0], [[1], [1]], "prompt 1"), ([2], [[1, 0]], "candidate 1")]
+)
 def test_nothing_to_read_or_to_score_is_refused(prompts: list[int], own: list[list[int]], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         candidate_layout(segments(prompts, own))

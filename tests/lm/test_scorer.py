@@ -49,9 +49,7 @@ def test_shared_scores_and_gradients_are_those_of_separate_rows(
     model: PreTrainedModel, catalogue: Catalogue, rows: Rows, attention: str
 ) -> None:
     model.set_attn_implementation(attention)
-    separate = torch.stack(
-        [alone(model, catalogue, h, int(i)) for h, items in zip(*rows, strict=True) for i in items]
-    )
+    separate = torch.stack([alone(model, catalogue, h, int(i)) for h, items in zip(*rows, strict=True) for i in items])
     together = shared(ItemScorer(model), catalogue, rows)
     torch.testing.assert_close(together, separate, atol=1e-5, rtol=0)
 
@@ -66,7 +64,9 @@ def test_shared_scores_and_gradients_are_those_of_separate_rows(
 @pytest.mark.parametrize(
     "config",
     [
-        Qwen2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48),
+        Qwen2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48
+        ),
         GPT2Config(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     ],
 )

@@ -102,7 +102,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Pipeline) 
     examples = [(user, cut) for user in range(NUM_USERS) for cut in (7, 8, 9)]
     rows = list(range(len(examples)))
     tables["sequences"]["train"] = pa.table(
-        [rows, [users[u] for u, _ in examples], [train[u][:c] for u, c in examples], [train[u][c] for u, c in examples]],
+        [
+            rows,
+            [users[u] for u, _ in examples],
+            [train[u][:c] for u, c in examples],
+            [train[u][c] for u, c in examples],
+        ],
         schema=schema.EXAMPLES,
     )
     tables["sequences"]["validation"] = _evaluation(rng, [history[:11] for history in histories])
@@ -113,9 +118,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Pipeline) 
         tables["users"][name] = pa.table(
             [list(range(count)), list(rng.normal(size=(count, 8)).astype(np.float32))], schema=kind
         )
-    negatives = [
-        rng.permutation(np.setdiff1d(np.arange(NUM_ITEMS), train[user]))[:3].tolist() for user, _ in examples
-    ]
+    negatives = [rng.permutation(np.setdiff1d(np.arange(NUM_ITEMS), train[user]))[:3].tolist() for user, _ in examples]
     tables["negatives"]["train"] = pa.table([rows, negatives], schema=schema.NEGATIVES)
     inputs: dict[str, dict[str, str]] = {}
     workspace.claim(tiny_pipeline.name, None)

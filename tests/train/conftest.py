@@ -36,9 +36,7 @@ class World(NamedTuple):
 def new_scorer(tokenizer: object) -> ItemScorer:
     """The model of every test here."""
     return ItemScorer(
-        make_model(
-            tokenizer, hidden_size=16, layers=2, heads=2, intermediate_size=24, max_positions=256, seed=1
-        )
+        make_model(tokenizer, hidden_size=16, layers=2, heads=2, intermediate_size=24, max_positions=256, seed=1)
     )
 
 

@@ -38,7 +38,9 @@ def test_a_unit_holds_the_rows_that_the_order_says(world) -> None:  # type: igno
         units = [feed.unit(step, rank) for rank in range(2)]
         assert [unit.rows for unit in units] == [expected, expected]
         assert sorted(np.concatenate([unit.arrays["place"] for unit in units])) == list(range(8))
-        np.testing.assert_array_equal(units[0].arrays["reference"], world.shards.take(np.array(expected)).reference[:, :4])
+        np.testing.assert_array_equal(
+            units[0].arrays["reference"], world.shards.take(np.array(expected)).reference[:, :4]
+        )
 
 
 def test_the_guard_keeps_out_what_the_borrower_met_or_is_taught(world) -> None:  # type: ignore[no-untyped-def]
@@ -79,9 +81,7 @@ def test_without_sharing_everyone_uses_only_its_own(world, settings: dict[str, s
 def test_every_item_is_a_target_once_an_epoch_whatever_the_shift(world, window: int) -> None:  # type: ignore[no-untyped-def]
     lengths = np.array([history.size for history in world.histories])
     rows = int(windows_of(lengths, window)[0].size)
-    feed = StreamFeed(
-        world.histories, world.catalogue, Order(rows, rows, 0), Share(1, 10**6), window_items=window
-    )
+    feed = StreamFeed(world.histories, world.catalogue, Order(rows, rows, 0), Share(1, 10**6), window_items=window)
     scored = []
     for epoch in range(4):
         items = [feed._items(row, epoch) for row in range(rows)]

@@ -1,0 +1,168 @@
+"""The step in score space against plain autograd through everything, and what it reports."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recray.config import Objective
+from recray.lm.scorer import segments_of, sum_by_slot, to_device
+from recray.lm.layout import candidate_layout
+from recray.objectives.margins import per_negative_margin
+from recray.objectives.napo import napo_loss
+from recray.objectives.sdpo import sdpo_loss
+from recray.train.feeding import AlignFeed, Share, StreamFeed, windows_of
+from recray.train.order import Order, rows_of_step
+from recray.train.step import AlignStep, MarginCentre, learning_rate_at, stream_step
+
+ORDER = Order(num_rows=24, global_batch=9, seed=5)
+
+
+class Recorder:
+    """An engine that keeps gradients instead of stepping."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.boundaries: list[bool] = []
+        self.gradients: list[Tensor] = []
+
+    device = torch.device("cpu")
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.boundaries.append(last)
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        self.gradients = [p.grad.clone() for p in self.module.parameters()]
+        self.module.zero_grad()
+        return learning_rate
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    save = load = whole_weights
+
+
+def feed_of(world: Any, share: Share, objective: Objective) -> AlignFeed:
+    return AlignFeed(world.shards, world.catalogue, world.item_vectors, ORDER, share, objective, num_negatives=4)
+
+
+def by_autograd(world: Any, objective: Objective, step: int) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of the same global batch, with no score ever cut off from the graph."""
+    scorer = world.scorer(torch.float64)
+    examples = world.shards.take(rows_of_step(ORDER, step))
+    packed = to_device(candidate_layout(segments_of(world.catalogue, examples.histories, list(examples.items))), "cpu")
+    score = sum_by_slot(scorer(packed), packed).view(9, 5)
+    ratio = score - torch.from_numpy(examples.reference)
+    arrays = feed_of(world, Share(1, 10**6), objective).unit(step, 0).arrays
+    back = np.argsort(arrays["place"])
+    usable = torch.from_numpy(arrays["usable"][back])
+    sure = torch.from_numpy(arrays["confidence"][back])
+    if objective.name == "napo":
+        margin = per_negative_margin(sure, base=objective.margin_base, slope=objective.margin_slope)
+        losses = napo_loss(ratio[:, 0], ratio[:, 1:], margin, usable, beta=objective.beta)
+    else:
+        losses = sdpo_loss(ratio[:, 0], ratio[:, 1:], beta=objective.beta)
+    loss = losses.mean()
+    return loss.item(), list(torch.autograd.grad(loss, list(scorer.parameters())))
+
+
+def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    flat = [torch.cat([g.flatten() for g in each]) for each in (ours, theirs)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+@pytest.mark.parametrize("share", [Share(1, 10**6), Share(1, 10**6, 3), Share(1, 70)])
+@pytest.mark.parametrize("name", ["napo", "sdpo"])
+def test_the_gradient_is_that_of_the_whole_global_batch(world: Any, name: str, share: Share) -> None:
+    objective = Objective(name=name, beta=0.5)
+    engine = Recorder(world.scorer(torch.float64))
+    unit = feed_of(world, share, objective).unit(1, 0)
+    result = AlignStep(objective, MarginCentre())(engine, unit, learning_rate=0.0)
+    loss, gradients = by_autograd(world, objective, 1)
+    assert result.metrics["loss"] == pytest.approx(loss, rel=1e-10)
+    assert relative_error(engine.gradients, gradients) < 1e-10
+    assert engine.boundaries == [False] * (len(unit.micro_batches) - 1) + [True]
+
+
+def test_borrowed_negatives_send_gradient_through_their_owners_prompt(world: Any) -> None:
+    # The released code detaches what it gathers: there, the two gradients would be the same.
+    shared, own = Objective(sharing_fraction=1.0, margin="none"), Objective(sharing="none", margin="none")
+    engines = []
+    for objective in (shared, own):
+        engine = Recorder(world.scorer(torch.float64))
+        unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+        AlignStep(objective, MarginCentre())(engine, unit, learning_rate=0.0)
+        engines.append(engine)
+    assert relative_error(engines[0].gradients, engines[1].gradients) > 0.1
+
+
+def test_at_the_start_the_policy_is_the_reference(world: Any) -> None:
+    objective = Objective(name="sdpo")
+    engine = Recorder(world.scorer())
+    unit = feed_of(world, Share(1, 10**6), objective).unit(0, 0)
+    metrics = AlignStep(objective, MarginCentre())(engine, unit, learning_rate=0.0).metrics
+    assert metrics["loss"] == pytest.approx(math.log(5), abs=1e-5)
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["effective_negatives"] == pytest.approx(4.0, abs=1e-4)
+
+
+def test_taking_the_pools_size_out_undoes_what_a_larger_pool_adds(world: Any) -> None:
+    losses = []
+    for fraction in (0.0, 1.0):
+        objective = Objective(sharing_fraction=fraction, margin="none", guard=False, subtract_log_pool=True)
+        engine = Recorder(world.scorer())
+        unit = feed_of(world, Share(1, 10**6), objective).unit(0, 0)
+        losses.append(AlignStep(objective, MarginCentre())(engine, unit, learning_rate=0.0).metrics["loss"])
+    # Where policy and reference agree, every pool is then worth one negative: ln 2.
+    assert losses == pytest.approx([math.log(2)] * 2, abs=1e-4)
+
+
+def test_the_batch_margin_follows_its_own_moving_average(world: Any) -> None:
+    objective = Objective(margin="batch", margin_base=1.0, margin_slope=0.3)
+    centre = MarginCentre()
+    step = AlignStep(objective, centre)
+    engine = Recorder(world.scorer())
+    feed = feed_of(world, Share(1, 10**6), objective)
+    means, asked = [], []
+    for number in range(3):
+        unit = feed.unit(number, 0)
+        means.append(float(unit.arrays["liking_sum"][0]) / unit.arrays["usable"].sum())
+        asked.append(step(engine, unit, learning_rate=0.0).metrics["asked_margin"])
+    first = 1.0
+    second = 1 - 0.3 * (means[1] - means[0])
+    third = 1 - 0.3 * (means[2] - (0.9 * means[0] + 0.1 * means[1]))
+    assert asked == pytest.approx([first, second, third], abs=1e-5)
+
+
+def test_the_stream_loss_is_the_mean_over_all_scored_tokens_however_cut(world: Any) -> None:
+    lengths = np.array([history.size for history in world.histories])
+    order = Order(int(windows_of(lengths, 3)[0].size), 9, 0)
+    found = []
+    for share in (Share(1, 10**6), Share(1, 40), Share(1, 10**6, 4)):
+        engine = Recorder(world.scorer(torch.float64))
+        unit = StreamFeed(world.histories, world.catalogue, order, share, window_items=3).unit(0, 0)
+        result = stream_step(engine, unit, learning_rate=0.0)
+        found.append((result.metrics["loss"], engine.gradients))
+    total, tokens = 0.0, 0
+    scorer = world.scorer(torch.float64)
+    for micro in unit.micro_batches:
+        values = scorer(to_device(micro.layout, "cpu"))
+        total, tokens = total - values.sum().item(), tokens + values.numel()
+    for loss, gradients in found:
+        assert loss == pytest.approx(total / tokens, rel=1e-6)
+        assert relative_error(gradients, found[0][1]) < 1e-10
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    rates = [learning_rate_at(step, 101, peak=2.0, warmup_fraction=0.0, final_fraction=0.1) for step in range(101)]
+    assert rates[0] == 2.0
+    assert rates[50] == pytest.approx(2.0 * 0.55)
+    assert rates[100] == pytest.approx(0.2)
+    warm = [learning_rate_at(step, 100, peak=1.0, warmup_fraction=0.1, final_fraction=0.0) for step in range(12)]
+    assert warm[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
+    assert warm[10] == 1.0
