@@ -75,7 +75,7 @@ class Workspace:
     def exists(self, *parts: str) -> bool:
         """Return whether a file or folder is there."""
         info: pafs.FileInfo = self.fs.get_file_info(self.path(*parts))
-        return info.type != pafs.FileType.NotFound
+        return bool(info.type != pafs.FileType.NotFound)
 
     def table(self, stage: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read a whole table of a finished stage.

@@ -30,8 +30,13 @@ TENSOR_PACKAGES = ("data", "users", "negatives", "objectives", "lm", "ranking", 
 install_import_hook([f"recray.{name}" for name in TENSOR_PACKAGES], "beartype.beartype")
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from recray.workspace import Workspace  # noqa: E402
+
+# A first example may pay for imports and compilation; how long one takes is no fact about the code.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -82,7 +82,7 @@ def join_examples(
 def write_shards(folder: Path, table: pa.Table, *, shard_rows: int = SHARD_ROWS) -> int:
     """Write the joined table as shards; return how many. Row r must be the r-th of the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    count = max(1, -(-table.num_rows // shard_rows))
+    count = max(1, -(-int(table.num_rows) // shard_rows))
     for number in range(count):
         part = table.slice(number * shard_rows, shard_rows).combine_chunks()
         with (
@@ -181,7 +181,8 @@ def matrix(column: pa.ChunkedArray) -> ndarray:
     if isinstance(lists, pa.ChunkedArray):
         lists = lists.chunk(0) if lists.num_chunks else pa.array([], column.type)
     flat = lists.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(lists), -1).copy() if len(lists) else flat.reshape(0, 0)
+    rows: ndarray = flat.reshape(len(lists), -1).copy() if len(lists) else flat.reshape(0, 0)
+    return rows
 
 
 def list_arrays(column: pa.ChunkedArray) -> list[ndarray]:

@@ -136,7 +136,8 @@ def pack(lengths: Int[ndarray, " U"]) -> tuple[Int[ndarray, " U"], Int[ndarray, 
 def _steps(lengths: Int[ndarray, " n"]) -> Int[ndarray, " total"]:
     """Return 0 .. length-1 for each length, end to end."""
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - lengths, lengths)
+    steps: ndarray = np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - lengths, lengths)
+    return steps
 
 
 def _starts_within(lengths: Int[ndarray, " K"], each: Int[ndarray, " U"]) -> Int[ndarray, " K"]:
@@ -144,7 +145,8 @@ def _starts_within(lengths: Int[ndarray, " K"], each: Int[ndarray, " U"]) -> Int
     before = np.cumsum(lengths) - lengths
     first = np.cumsum(each) - each
     base = np.concatenate([before, [lengths.sum()]])[first]
-    return before - np.repeat(base, each)
+    starts: ndarray = before - np.repeat(base, each)
+    return starts
 
 
 def _fill(

@@ -55,16 +55,12 @@ class ItemScorer(nn.Module):
         """Return log pi(label | everything it may see), in nats, float32 or wider, one a scored token."""
         hidden = self.hidden(packed)
         chunk = max(1, LOGITS_AT_ONCE // self._vocabulary)
-        if packed.source.numel() <= chunk or not torch.is_grad_enabled():
-            pieces = [
-                self._log_probability(h, y) for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
-            ]
-        else:
-            pieces = [
-                checkpoint(self._log_probability, h, y, use_reentrant=False)
-                for h, y in zip(hidden.split(chunk), packed.label.split(chunk), strict=True)
-            ]
-        return torch.cat(pieces)
+        if packed.source.numel() <= chunk:
+            return self._log_probability(hidden, packed.label)
+        pieces = zip(torch.split(hidden, chunk), torch.split(packed.label, chunk), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._log_probability(h, y) for h, y in pieces])
+        return torch.cat([checkpoint(self._log_probability, h, y, use_reentrant=False) for h, y in pieces])
 
     def hidden(self, packed: Packed) -> Float[Tensor, "S D"]:
         """Return the hidden states that predict the scored tokens."""
@@ -110,8 +106,12 @@ def sum_by_slot(log_probability: Float[Tensor, " S"], packed: Packed) -> Float[T
 
 def to_device(layout: Layout, device: torch.device | str) -> Packed:
     """Return the layout as tensors on `device`."""
-    arrays = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in layout[:-1]]
-    return Packed(*arrays, layout.num_scores)
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(getattr(layout, name))).to(device)
+        for name in Layout._fields
+        if name != "num_scores"
+    }
+    return Packed(**tensors, num_scores=layout.num_scores)
 
 
 def segments_of(

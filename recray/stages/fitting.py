@@ -87,7 +87,7 @@ def unit_dataset(make_feed: MakeFeed, world_size: int, *, first_step: int, steps
     return dataset
 
 
-class OrderedFeed(DataConfig):
+class OrderedFeed(DataConfig):  # type: ignore[misc]  # ray.train is untyped
     """Gives every rank its own units in order, for whatever number of ranks the group (re)starts with."""
 
     def __init__(self, make_feed: MakeFeed, steps: int, workspace: Workspace, run: str) -> None:

@@ -48,7 +48,8 @@ def pack_unit(unit: Unit) -> bytes:
         "num_scores": [micro.layout.num_scores for micro in unit.micro_batches],
     }
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    return save(contiguous, metadata={"unit": json.dumps(head)})
+    data: bytes = save(contiguous, metadata={"unit": json.dumps(head)})
+    return data
 
 
 def unpack_unit(data: bytes) -> Unit:
@@ -59,7 +60,7 @@ def unpack_unit(data: bytes) -> Unit:
     micro_batches = [
         MicroBatch(
             tensors[f"{number}.places"],
-            Layout(*(tensors[f"{number}.{name}"] for name in _LAYOUT), num_scores),
+            Layout(**{name: tensors[f"{number}.{name}"] for name in _LAYOUT}, num_scores=num_scores),
         )
         for number, num_scores in enumerate(head["num_scores"])
     ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recray.config import Objective
-from recray.lm.scorer import segments_of, sum_by_slot, to_device
 from recray.lm.layout import candidate_layout
+from recray.lm.scorer import segments_of, sum_by_slot, to_device
 from recray.objectives.margins import per_negative_margin
 from recray.objectives.napo import napo_loss
 from recray.objectives.sdpo import sdpo_loss

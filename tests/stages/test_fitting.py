@@ -1,0 +1,169 @@
+"""The ordered feed, and the stages that train, on a real local Ray."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recray.config import Pipeline, override
+from recray.errors import WorkspaceError
+from recray.lm.layout import stream_layout
+from recray.stages.alignment import alignment
+from recray.stages.fitting import unit_dataset
+from recray.stages.flow import run_stages
+from recray.stages.recommender import open_from
+from recray.stages.tune import trials_at_once
+from recray.train.units import MicroBatch, Unit, unpack_unit
+from recray.workspace import Workspace
+
+NONE: frozenset[str] = frozenset()
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+class Stamps:
+    """A feed whose units say who they are for; some take longer than others."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+
+    def unit(self, step: int, rank: int) -> Unit:
+        import time
+
+        time.sleep(0.02 * ((step * 7 + rank * 3) % 4))
+        layout = stream_layout(np.arange(2 + step % 3), np.array([2 + step % 3]))
+        return Unit(step, rank, [MicroBatch(np.array([0]), layout)], {"world": np.array([self._world_size])}, [step])
+
+
+@pytest.mark.parametrize(("world", "first"), [(1, 0), (2, 0), (3, 4)])
+def test_every_rank_is_fed_its_own_units_in_order(world: int, first: int) -> None:
+    splits = unit_dataset(Stamps, world, first_step=first, steps=first + 6).streaming_split(world, equal=False)
+    got: list[list[Unit]] = [[] for _ in range(world)]
+
+    def read(rank: int) -> None:
+        for batch in splits[rank].iter_batches(batch_size=1, batch_format="pyarrow"):
+            got[rank].append(unpack_unit(batch["unit"][0].as_py()))
+
+    readers = [threading.Thread(target=read, args=(rank,)) for rank in range(world)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(timeout=120)
+    expected = [[(step, rank) for step in range(first, first + 6)] for rank in range(world)]
+    assert [[(unit.step, unit.rank) for unit in own] for own in got] == expected
+    assert all(unit.arrays["world"][0] == world for own in got for unit in own)
+
+
+@pytest.fixture(scope="module")
+def aligned(
+    ray_cluster: None,  # noqa: ARG001 - started for its effect
+    prepared: Workspace,
+    tiny_pipeline: Pipeline,
+) -> Workspace:
+    """The prepared workspace with `sft`, `reference` and `align` done, by one worker under ZeRO."""
+    run_stages(tiny_pipeline, prepared, ("sft", "reference", "align"), force=NONE)
+    return prepared
+
+
+def metrics(workspace: Workspace, stage: str) -> list[dict[str, float]]:
+    file = Path(workspace.path(stage, "metrics.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_sft_learns_and_keeps_the_best_weights(aligned: Workspace) -> None:
+    lines = metrics(aligned, "sft")
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    ranked = [line["ndcg@10"] for line in lines if line["kind"] == "validation"]
+    assert losses[-1] < losses[0] - 1.0
+    assert aligned.require("sft").facts["best_validation_ndcg@10"] == max(ranked)
+    assert any(Path(aligned.path("sft", "tensorboard")).iterdir())
+
+
+def test_reference_scores_are_those_of_the_sft_model(aligned: Workspace) -> None:
+    from recray.lm.scorer import ItemScorer, score_rows
+
+    table = aligned.table("reference", "train").sort_by("row")
+    examples = aligned.table("sequences", "train").sort_by("row")
+    assert table.num_rows == examples.num_rows
+    model, catalogue = open_from(aligned, "sft", "model")
+    histories = [np.array(history) for history in examples["history"].to_pylist()]
+    items = [np.array(own) for own in table["items"].to_pylist()]
+    assert [own[0] for own in items] == examples["target"].to_pylist()
+    scores = score_rows(ItemScorer(model).eval(), catalogue, histories, items, tokens_per_micro_batch=4096)
+    np.testing.assert_allclose(np.array(table["scores"].to_pylist()), np.array(scores), atol=1e-4)
+
+
+def test_alignment_starts_from_the_reference_and_takes_every_step(aligned: Workspace) -> None:
+    train = [line for line in metrics(aligned, "align") if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert train[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert train[-1]["kl"] > 0
+    assert {"margin", "effective_negatives", "tokens_per_s", "data_wait_share"} <= train[0].keys()
+
+
+def test_nothing_that_is_up_to_date_runs_again(aligned: Workspace, tiny_pipeline: Pipeline) -> None:
+    before = {stage: aligned.require(stage).finished for stage in ("sft", "reference", "align")}
+    run_stages(tiny_pipeline, aligned, tuple(before), force=NONE)
+    assert {stage: aligned.require(stage).finished for stage in before} == before
+    assert not [name for name in Path(aligned.path(".training")).iterdir() if "tune" not in name.name]
+
+
+def test_two_workers_under_zero_3_end_where_one_without_zero_does(aligned: Workspace, tiny_pipeline: Pipeline) -> None:
+    found = []
+    for settings in (
+        ["align.optimiser.engine=plain"],
+        ["align.optimiser.zero_stage=3", "resources.num_workers=2", "align.micro_batches=2"],
+    ):
+        pipeline = override(tiny_pipeline, settings=["align.steps=4", *settings])
+        run_stages(pipeline, aligned, ("align",), force=NONE)
+        found.append([line for line in metrics(aligned, "align") if line["kind"] == "train"])
+    for one, two in zip(*found, strict=True):
+        for name in ("loss", "margin", "kl", "grad_norm", "effective_negatives"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, one["step"])
+
+
+def test_reference_scores_of_another_model_are_refused(aligned: Workspace, tiny_pipeline: Pipeline) -> None:
+    file = Path(aligned.path("reference", "fingerprint.json"))
+    kept = file.read_text()
+    file.write_text(kept.replace('"weights": "', '"weights": "0'))
+    try:
+        with pytest.raises(WorkspaceError, match="reference scores were made by"):
+            run_stages(tiny_pipeline, aligned, ("align",), force=frozenset({"align"}))
+    finally:
+        file.write_text(kept)
+
+
+def test_a_search_tries_its_points_on_what_is_there_and_writes_the_best(
+    aligned: Workspace, tiny_pipeline: Pipeline, tmp_path: Path
+) -> None:
+    before = aligned.require("reference").finished
+    run_stages(tiny_pipeline, aligned, ("tune",), force=NONE)
+    trials = aligned.json("tune", "trials.json")
+    best = aligned.json("tune", "best.json")
+    assert len(trials) == 2
+    assert all(trial["error"] is None for trial in trials)
+    assert all(trial["num_negatives"] in (1, 3) and 0 <= trial["margin_base"] <= 2 for trial in trials)
+    assert aligned.require("reference").finished == before
+    file = tmp_path / "best.json"
+    file.write_text(json.dumps(best))
+    chosen = override(tiny_pipeline, file=str(file)).align
+    assert chosen.num_negatives == trials[0]["num_negatives"]
+    assert chosen.objective.margin_base == pytest.approx(trials[0]["margin_base"])
+    assert chosen.steps == tiny_pipeline.align.steps
+
+
+def test_trials_leave_a_cpu_to_the_data(tiny_pipeline: Pipeline) -> None:
+    resources = tiny_pipeline.resources
+    assert trials_at_once(resources, {"CPU": 2.0}) == 1
+    assert trials_at_once(resources, {"CPU": 9.0}) == 10
+    assert trials_at_once(resources.model_copy(update={"gpus_per_worker": 1.0}), {"CPU": 64.0, "GPU": 3.0}) == 3
+
+
+def test_more_negatives_than_were_drawn_are_refused(aligned: Workspace, tiny_pipeline: Pipeline) -> None:
+    from recray.errors import ConfigError
+
+    many = tiny_pipeline.align.model_copy(update={"num_negatives": 9})
+    with pytest.raises(ConfigError, match="num_negatives is 9, but `negatives` drew 3"):
+        alignment(aligned, many, 0, "nowhere")
