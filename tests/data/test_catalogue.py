@@ -102,7 +102,7 @@ def like_llama2(scheme: str = "first") -> PreTrainedTokenizerFast:
 
 
 def _finish(bpe: Tokenizer, end: str, bos: str | None) -> PreTrainedTokenizerFast:
-    special = list(dict.fromkeys([end, *([bos] if bos else []), "<unk>", "<|im_start|>", "<|im_end|>"]))
+    special = list(dict.fromkeys(["<unk>", end, *([bos] if bos else []), "<|im_start|>", "<|im_end|>"]))
     alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) | {"\n", "\u2581"})
     trainer = trainers.BpeTrainer(
         vocab_size=800, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -241,17 +241,19 @@ def test_no_item_is_the_beginning_of_another(name: str) -> None:
 @given(data=st.data())
 def test_truncation_drops_the_oldest_items_and_no_more(name: str, data: st.DataObject) -> None:
     whole = catalogue_of("trained", name)
-    short = catalogue_of("trained", name, 240)
     items = st.sampled_from([i for i in range(whole.num_items) if whole.item_lengths[i] < 30])
-    history = numbers(*data.draw(st.lists(items, max_size=40)))
+    history = numbers(*data.draw(st.lists(items, min_size=4, max_size=12)))
     candidates = numbers(*data.draw(st.lists(items, min_size=1, max_size=4)))
+    frame_tokens = len(whole.prompt(numbers(), candidates))
+    most = frame_tokens + data.draw(st.integers(0, 60))
+    short = catalogue_of("trained", name, most)
     kept = short.kept_history(history, candidates)
     prompt = short.prompt(history, candidates)
     assert prompt.dtype == np.int32
-    assert len(prompt) == short.prompt_length(history, candidates) <= 240
+    assert len(prompt) == short.prompt_length(history, candidates) <= most
     assert prompt.tolist() == whole.prompt(history[len(history) - kept :], candidates).tolist()
     if kept < len(history):
-        assert len(whole.prompt(history[len(history) - kept - 1 :], candidates)) > 240
+        assert len(whole.prompt(history[len(history) - kept - 1 :], candidates)) > most
 
 
 def test_a_history_that_fits_exactly_is_kept_whole() -> None:
@@ -325,6 +327,13 @@ def test_lines_that_merge_with_the_next_line_are_found_by_the_check() -> None:
     catalogue = Catalogue.build(labels, harmful, template, 500)
     with pytest.raises(CatalogueError, match=r"item \d '.*' in a prompt with item .*'\)Ċ', '-'.* together.*'\)Ċ-'"):
         check_boundaries(catalogue, harmful)
+
+
+def test_neighbours_in_the_check_come_from_all_over_the_catalogue() -> None:
+    labels, template = ["a)", "c)", "d)", "Be", "Bo", "Bu"], find_template("instruction")
+    merging = by_hand((")", "Ċ"), ("-", "Ġ"), ("-Ġ", "B"), (")Ċ", "-ĠB"))  # no item does it beside itself
+    with pytest.raises(CatalogueError, match=r"'\)Ċ-ĠB'"):
+        check_boundaries(Catalogue.build(labels, merging, template, 500), merging)
 
 
 def test_a_catalogue_of_another_tokenizer_is_found_by_the_check() -> None:
@@ -416,6 +425,14 @@ def test_the_fingerprint_changes_with_all_that_decides_a_prompt() -> None:
     ]
     assert len(set(prints)) == len(prints)
     assert Catalogue.build(labels, tokenizer, template, 100).fingerprint == prints[0]
+
+
+def test_the_fingerprint_changes_with_the_tokens_of_one_item() -> None:
+    plain, merging = by_hand(), by_hand(("Z", "Z"))
+    labels, template = ["A", "ZZ"], find_template("instruction")
+    first, second = (Catalogue.build(labels, tokenizer, template, 500) for tokenizer in (plain, merging))
+    assert first.prompt(numbers(0)).tolist() == second.prompt(numbers(0)).tolist()
+    assert first.fingerprint != second.fingerprint
 
 
 def test_facts_name_the_prompt() -> None:

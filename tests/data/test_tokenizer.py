@@ -84,6 +84,12 @@ def test_tokens_after_an_anchor_are_those_of_the_whole_less_the_anchor(
     assert [anchor + tokens for tokens in after] == wholes
 
 
+def test_a_text_that_spells_special_tokens_is_not_glued_to_a_special_anchor() -> None:
+    tokenizer = train_tokenizer([*TEXTS, *["a>>b"] * 50], 320)
+    (text,) = encode(tokenizer, [">b <end>"], special_text=False)
+    assert encode_after(tokenizer, "x<end>", [">b <end>"]) == [text]
+
+
 def test_an_anchor_that_merges_with_what_follows_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(CatalogueError, match=r"the text 'Game' after 'x '.*'Ġ'\].*'ĠGame'\].*merges across"):
         encode_after(tokenizer, "x ", ["Game"])
