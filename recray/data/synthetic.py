@@ -2,7 +2,7 @@
 
 The world: genres hold *shelves* of about twenty items, a shelf holds *series* of one to four volumes, and titles say
 so ("The Silent Harbor", "The Silent Harbor II": a noun of the genre, an adjective of the shelf). A user has a taste:
-a few shelves, most of them of two favourite genres. It drifts: now and then one shelf gives way to another. Users come
+a few shelves, most of them of two favourite genres. It drifts: now and then one shelf gives way to another, of any genre. Users come
 in sessions, each on one shelf of the taste of that day; within it they often go on with the next volume of what they
 just had, else they take what is popular on the shelf, and sometimes whatever is popular anywhere.
 
@@ -88,7 +88,7 @@ class World(NamedTuple):
     quality: Floats  # of an item: the chance that somebody with the taste likes it
     popular: Floats  # cumulative popularity over all items, ends at 1
     on_shelf: Ints  # [S, W] items, padded with the last
-    popular_on_shelf: Floats  # [S, W] cumulative, padded with 1
+    weight_on_shelf: Floats  # [S, W] popularity, padded with 0
     shelf_genre: Ints  # [S]
     shelf_weight: Floats  # [S] popularity
     item_id: Ints  # of an item: a shuffle, so that numbers carry nothing
@@ -113,7 +113,7 @@ def generate(folder: Path, synthetic: Synthetic, seed: int) -> None:
         DataError: if more items or genres are asked for than titles can tell apart.
     """
     num_users = synthetic.users or max(8, synthetic.interactions // MEAN_INTERACTIONS)
-    num_items = synthetic.items or int(np.clip(round(2.5 * synthetic.interactions**0.5), 200, 20_000))
+    num_items = synthetic.items or int(np.clip(round(4.0 * synthetic.interactions**0.5), 200, 20_000))
     world = make_world(num_items, synthetic, np.random.default_rng([seed, 0]))
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(_items_table(world, synthetic.genres), folder / "items.parquet", compression="zstd")
@@ -147,7 +147,7 @@ def make_world(num_items: int, synthetic: Synthetic, generator: Generator) -> Wo
     has_next = np.append(volume[1:] == volume[:-1] + 1, False) & np.append(shelf[1:] == shelf[:-1], False)
     ranks = generator.permutation(num_items).astype(np.float64) + 1.0
     weight: Floats = ranks ** -float(synthetic.popularity_exponent)
-    on_shelf, popular_on_shelf = _shelves(shelf, weight)
+    on_shelf, weight_on_shelf = _shelves(shelf, weight)
     return World(
         titles=_titles(genre, shelf, volume, generator),
         genre=genre,
@@ -156,7 +156,7 @@ def make_world(num_items: int, synthetic: Synthetic, generator: Generator) -> Wo
         quality=generator.beta(4.0, 2.0, num_items),
         popular=np.cumsum(weight) / weight.sum(),
         on_shelf=on_shelf,
-        popular_on_shelf=popular_on_shelf,
+        weight_on_shelf=weight_on_shelf,
         shelf_genre=genre[on_shelf[:, 0]],
         shelf_weight=np.bincount(shelf, weights=weight).astype(np.float64),
         item_id=generator.permutation(num_items) + 1,
@@ -213,34 +213,35 @@ def _liked_unmet(world: World, taste: Ints, met: NDArray[np.bool_]) -> NDArray[n
 
 
 def _next_items(world: World, met: NDArray[np.bool_], last: Ints, shelf: Ints, generator: Generator) -> Ints:
-    """Return an item that each user has not met, -1 where none was found in a few tries."""
+    """Return an item that each user has not met: the next volume, something of the shelf, or something popular."""
     rows = np.arange(len(last))
-    item = np.full(len(last), -1)
+    item = _from_shelf(world, met, shelf, generator)
     follows = (last >= 0) & world.has_next[last] & (generator.random(len(last)) < NEXT_VOLUME)
+    follows &= ~met[rows, np.minimum(last + 1, met.shape[1] - 1)]
+    item[follows] = last[follows] + 1
     anything = ~follows & (generator.random(len(last)) < ANYTHING_POPULAR)
-    for attempt in range(6):
-        if attempt == 0:
-            drawn = np.where(follows, last + 1, _from_shelf(world, shelf, generator))
-        elif attempt < 4:
-            drawn = _from_shelf(world, shelf, generator)
-        else:
-            drawn = _from_all(world, len(last), generator)
-        drawn = np.where(anything, _from_all(world, len(last), generator), drawn)
-        takes = (item < 0) & ~met[rows, drawn]
-        item[takes] = drawn[takes]
-        if (item >= 0).all():
-            break
-    for row in np.flatnonzero(item < 0):  # a handful: has met nearly all that is popular
+    item[anything] = -1
+    for _ in range(4):
+        missing = np.flatnonzero(item < 0)
+        drawn = _from_all(world, len(missing), generator)
+        unmet = ~met[missing, drawn]
+        item[missing[unmet]] = drawn[unmet]
+    for row in np.flatnonzero(item < 0):  # few: has met nearly all that is popular
         unmet = np.flatnonzero(~met[row])
         if len(unmet):
             item[row] = generator.choice(unmet)
     return item
 
 
-def _from_shelf(world: World, shelf: Ints, generator: Generator) -> Ints:
-    place = (generator.random((len(shelf), 1)) >= world.popular_on_shelf[shelf]).sum(axis=1)
-    items: Ints = world.on_shelf[shelf, np.minimum(place, world.on_shelf.shape[1] - 1)]
-    return items
+def _from_shelf(world: World, met: NDArray[np.bool_], shelf: Ints, generator: Generator) -> Ints:
+    """Return an unmet item of each user's shelf, popular ones more often; -1 where there is none left."""
+    items = world.on_shelf[shelf]
+    weight = np.where(met[np.arange(len(shelf))[:, None], items], 0.0, world.weight_on_shelf[shelf])
+    cumulative = np.cumsum(weight, axis=1)
+    place = (cumulative <= generator.random((len(shelf), 1)) * cumulative[:, -1:]).sum(axis=1)
+    place = np.minimum(place, items.shape[1] - 1)
+    chosen: Ints = np.where(cumulative[:, -1] > 0, items[np.arange(len(shelf)), place], -1)
+    return chosen
 
 
 def _from_all(world: World, count: int, generator: Generator) -> Ints:
@@ -270,10 +271,10 @@ def _a_shelf(world: World, favourites: Ints, generator: Generator) -> Ints:
 
 
 def _drift(world: World, taste: Ints, users: Ints, generator: Generator) -> None:
-    """Replace one shelf of each of these users, in place, by another of a genre they like."""
-    kept = world.shelf_genre[taste[users]]
+    """Replace one shelf of each of these users, in place, by one of any genre, popular ones more often."""
     place = generator.integers(0, TASTE_SHELVES, len(users))
-    taste[users, place] = _a_shelf(world, kept[:, :2], generator)
+    weight = world.shelf_weight / world.shelf_weight.sum()
+    taste[users, place] = generator.choice(len(weight), size=len(users), p=weight)
 
 
 def _calendars(num_users: int, generator: Generator) -> tuple[Ints, Ints]:
@@ -313,8 +314,7 @@ def _shelves(shelf: Ints, weight: Floats) -> tuple[Ints, Floats]:
     places = np.minimum(np.arange(sizes.max())[None, :], sizes[:, None] - 1)
     on_shelf = first[:, None] + places
     real = np.arange(sizes.max())[None, :] < sizes[:, None]
-    cumulative = np.cumsum(np.where(real, weight[on_shelf], 0.0), axis=1)
-    return on_shelf, cumulative / cumulative[:, -1:]
+    return on_shelf, np.where(real, weight[on_shelf], 0.0)
 
 
 def _titles(genre: Ints, shelf: Ints, volume: Ints, generator: Generator) -> list[str]:
