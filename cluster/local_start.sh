@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 state="${RECRAY_CLUSTER_STATE:-$HOME/.ray/recray-local}" # process id and log of the cluster started here
+note="${RAY_TMPDIR:-/tmp}/ray/ray_current_cluster" # where Ray leaves the address of what it started
 mkdir -p "$state"
 if [ -f "$state/pid" ] && ps -p "$(cat "$state/pid")" -o args= 2>/dev/null | grep -q 'ray start'; then
   echo "already running, process $(cat "$state/pid"); stop it with cluster/local_stop.sh" >&2
@@ -18,7 +19,8 @@ nohup setsid ray start --head --block --dashboard-host=127.0.0.1 --dashboard-por
 echo $! >"$state/pid"
 
 for _ in $(seq 60); do
-  if ray job list --address http://127.0.0.1:8265 >/dev/null 2>&1; then
+  if [ -f "$note" ] && ray job list --address http://127.0.0.1:8265 >/dev/null 2>&1; then
+    cp "$note" "$state/address"
     echo "Ray runs (process $(cat "$state/pid"), log $state/log). From the project's root:"
     echo "  export RAY_AUTH_MODE=token"
     echo "  .venv/bin/ray job submit --address http://127.0.0.1:8265 --working-dir . \\"

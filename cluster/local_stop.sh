@@ -7,16 +7,20 @@ if [ ! -f "$state/pid" ]; then
   exit 1
 fi
 pid="$(cat "$state/pid")"
-if ps -p "$pid" -o args= 2>/dev/null | grep -q 'ray start'; then
+runs() { ps -p "$pid" -o stat=,args= 2>/dev/null | grep -v '^Z' | grep -q 'ray start'; }
+if runs; then
   kill -TERM "$pid"
-  for _ in $(seq 60); do
-    ps -p "$pid" >/dev/null || break
+  for _ in $(seq 120); do
+    runs || break
     sleep 0.5
   done
-  if ps -p "$pid" >/dev/null; then
-    echo "process $pid did not end in 30 s" >&2
+  if runs; then
+    echo "process $pid did not end in 60 s" >&2
     exit 1
   fi
 fi
-rm -f "$state/pid"
+# Ray leaves its address behind, and the next run would look for a cluster there.
+note="${RAY_TMPDIR:-/tmp}/ray/ray_current_cluster"
+if cmp -s "$note" "$state/address"; then rm -f "$note"; fi
+rm -f "$state/pid" "$state/address"
 echo "stopped"

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # What workers' Hugging Face libraries read, too. Never the token: a runtime environment is public.
 HANDED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HOME")
 DATA_CPUS = 1  # to feed the trainer: with none left over, workers would wait for their first row for ever
+KNOCK_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -119,7 +121,8 @@ def own_error(error: BaseException) -> RecrayError | None:
         if isinstance(current, RecrayError) and not isinstance(current, RayTaskError):
             return current
         if isinstance(current, RayTaskError) and (told := OWN_TEXT.search(str(current))):
-            return getattr(errors, told["kind"])(told["message"])
+            kind: type[RecrayError] = getattr(errors, told["kind"])
+            return kind(told["message"])
         seen.append(current)
         failures = getattr(current, "worker_failures", None)
         inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
@@ -140,15 +143,25 @@ def _start(cluster: str | None, environment: dict[str, str]) -> None:
         settings |= {"address": "local", "include_dashboard": False}
         # It warns that token authentication is on, and how to switch it off.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    try:
-        ray.init(**settings)
-    except ConnectionError as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {cluster}: {error}; start it, or unset RAY_ADDRESS (or run "
-            "`ray stop`) to work on a local Ray"
-        ) from error
+    if cluster is not None:
+        _knock(cluster)
+    ray.init(**settings)
     cpus = ray.cluster_resources().get("CPU", 0)
     logger.info("Ray: %s, %g CPUs", "started here" if cluster is None else f"cluster at {cluster}", cpus)
+
+
+def _knock(cluster: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes."""
+    host, _, port = cluster.rpartition(":")
+    if "://" in cluster or not port.isdigit():  # "auto", or a form that Ray resolves by itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {cluster} ({error}); start it, or work on a local Ray: unset RAY_ADDRESS "
+            "and remove ray_current_cluster below /tmp/ray, where a cluster leaves its address"
+        ) from None
 
 
 def _check_size(resources: Resources, cluster: str | None, available: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 import json
 import logging
+import socket
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,18 @@ def test_a_ray_that_is_there_stays_there() -> None:
     with cluster.connect(Resources()):
         assert ray.is_initialized()
     assert ray.is_initialized()
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1 .*RAY_ADDRESS"):
+        cluster._knock("127.0.0.1:1")
+
+
+def test_an_address_where_somebody_listens_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        cluster._knock(f"127.0.0.1:{server.getsockname()[1]}")
+    for left_to_ray in ("auto", "ray://nowhere:10001"):
+        cluster._knock(left_to_ray)
 
 
 def broken_batch(batch: dict[str, object]) -> dict[str, object]:
