@@ -40,16 +40,10 @@ app = typer.Typer(
 )
 
 RecipeOption = Annotated[str, typer.Option("--recipe", metavar="NAME", help="See `recray recipes`.")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", metavar="PATH", help="File, folder, glob or URI of logs.")
-]
+DataOption = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File, folder, glob or URI of logs.")]
 WorkspaceOption = Annotated[str, typer.Option("--workspace", metavar="DIR", help="Folder or URI of the run.")]
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="JSON laid over the recipe.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="One setting; repeatable.")
-]
+ConfigOption = Annotated[str | None, typer.Option("--config", metavar="FILE", help="JSON laid over the recipe.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One setting; repeatable.")]
 ForceOption = Annotated[
     list[str] | None,
     typer.Option("--force", metavar="STAGE", help="Run it though it is up to date; repeatable."),
@@ -159,24 +153,15 @@ def _check_places(pipeline: "Pipeline", *, needs_data: bool) -> None:
     """Refuse paths that are not there: all that can be told without reading the data."""
     import glob
 
-    from recray.config import Prompt
-
     if needs_data and pipeline.ingest.data is None:
         raise ConfigError(f"recipe {pipeline.name!r} needs --data PATH: a file, folder, glob or URI of logs")
     places = {"--data": pipeline.ingest.data, "ingest.items": pipeline.ingest.items}
     for option, place in places.items():
         if place is not None and "://" not in place and not Path(place).exists() and not glob.glob(place):
-            raise ConfigError(
-                f"{option} {place}: no such file or folder, and no file matches it as a pattern"
-            )
+            raise ConfigError(f"{option} {place}: no such file or folder, and no file matches it as a pattern")
     model = pipeline.sft.model.path
     if model is not None and model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
         raise ConfigError(f"sft.model.path {model}: no such folder")
-    template = pipeline.sft.prompt.template
-    if template != Prompt().template:  # the names are kept beside code that imports transformers
-        from recray.data.prompts import find_template
-
-        find_template(template)
 
 
 def _check_names(names: list[str]) -> frozenset[str]:

@@ -55,6 +55,7 @@ def ray_cluster() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init(
+            address="local",
             num_cpus=2,
             num_gpus=0,
             include_dashboard=False,

@@ -144,7 +144,7 @@ def test_data_is_found_from_any_folder(recray_line: Terminal, tmp_path: Path, mo
         (["--recipe", "demo", "--data", "*.nothing"], ["--data", "no file matches"]),
         (["--recipe", "demo", "--set", "ingest.items=nowhere"], ["ingest.items", "nowhere"]),
         (["--recipe", "demo", "--set", "sft.model.path=./nowhere"], ["sft.model.path", "nowhere"]),
-        (["--recipe", "demo", "--set", "sft.prompt.template=title"], ["'title'", "nearest is 'titles'"]),
+        (["--recipe", "demo", "--set", "sft.prompt.template=title"], ["sft.prompt.template", "'titles'", "'title'"]),
         (["--recipe", "demo", "--force", "aling"], ["--force", "'aling'", "'align'"]),
         (["--recipe", "demo", "--workers", "0"], ["resources.num_workers", "0"]),
         (["--recipe", "movielens"], ["'movielens'", "--data"]),
