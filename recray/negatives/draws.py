@@ -87,7 +87,8 @@ def _mix(value: UInt64[ndarray, "..."]) -> UInt64[ndarray, "..."]:
     """Return the finaliser of splitmix64 (Steele, Lea and Flood 2014): each bit in moves each bit out."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.bitwise_xor(value, value >> np.uint64(31))
+    mixed: ndarray = value ^ (value >> np.uint64(31))
+    return mixed
 
 
 def _chunk(

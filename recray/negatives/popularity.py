@@ -43,7 +43,8 @@ def draw(
     def place(chance: Float[ndarray, "R K"]) -> Int[ndarray, "R K"]:
         # Rounding may carry the largest chances to the very end, beyond the last item that can be drawn.
         found = np.searchsorted(cumulative, chance * cumulative[-1], side="right")
-        return found.clip(max=int(np.flatnonzero(likely)[-1]))
+        last = int(np.flatnonzero(likely)[-1])
+        return np.asarray(np.minimum(found, last))
 
     return distinct(rows, met_items, met_offsets, num=num, seed=seed, place=place, weights=likely)
 
