@@ -112,7 +112,9 @@ class LanguageModel(Part):
 class Prompt(Part):
     """How a history becomes text."""
 
-    template: str = Field("titles", description="A name in recray.data.prompts.")
+    template: Literal["titles", "instruction", "instruction_candidates", "chat", "chat_candidates"] = Field(
+        "titles", description="One of recray.data.prompts."
+    )
     max_tokens: Count = Field(512, description="Of the prompt; the oldest items go first.")
 
 

@@ -2,9 +2,9 @@
 
 The world: genres hold *shelves* of about twenty items, a shelf holds *series* of one to four volumes, and titles say
 so ("The Silent Harbor", "The Silent Harbor II": a noun of the genre, an adjective of the shelf). A user has a taste:
-a few shelves, most of them of two favourite genres. It drifts: now and then one shelf gives way to another, of any genre. Users come
-in sessions, each on one shelf of the taste of that day; within it they often go on with the next volume of what they
-just had, else they take what is popular on the shelf, and sometimes whatever is popular anywhere.
+a few shelves, most of them of two favourite genres. It drifts: now and then one shelf gives way to another, of any
+genre. Users come in sessions, each on one shelf of the taste of that day; within it they often go on with the next
+volume of what they just had, else they take what is popular on the shelf, and sometimes whatever is popular anywhere.
 
 The truth: the probability that a user likes an item is the item's quality where its shelf belongs to the user's last
 taste, and little elsewhere. `truth.parquet` lists the items liked with at least even chance that the user never met:
@@ -227,9 +227,9 @@ def _next_items(world: World, met: NDArray[np.bool_], last: Ints, shelf: Ints, g
         unmet = ~met[missing, drawn]
         item[missing[unmet]] = drawn[unmet]
     for row in np.flatnonzero(item < 0):  # few: has met nearly all that is popular
-        unmet = np.flatnonzero(~met[row])
-        if len(unmet):
-            item[row] = generator.choice(unmet)
+        left = np.flatnonzero(~met[row])
+        if len(left):
+            item[row] = generator.choice(left)
     return item
 
 

@@ -49,7 +49,6 @@ class ItemScorer(nn.Module):
         config: Any = model.config
         self._vocabulary = int(config.vocab_size)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._float_mask = config._attn_implementation == "eager"
 
     def forward(self, packed: Packed) -> Float[Tensor, " S"]:
         """Return log pi(label | everything it may see), in nats, float32 or wider, one a scored token."""
@@ -64,11 +63,12 @@ class ItemScorer(nn.Module):
 
     def hidden(self, packed: Packed) -> Float[Tensor, "S D"]:
         """Return the hidden states that predict the scored tokens."""
-        mask: Tensor = visible(packed.segment, packed.branch)[:, None]
-        if self._float_mask:
-            # Eager attention *adds* the mask: a boolean one would be silently wrong.
-            dtype = next(self.model.parameters()).dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        # A float mask: eager attention *adds* the mask, so a boolean one would be silently wrong there, and fused
+        # attention on a CPU would turn it into floats again in every layer.
+        seen = visible(packed.segment, packed.branch)[:, None]
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        mask = mask.masked_fill_(~seen, torch.finfo(dtype).min)
         states = self.model.base_model(
             input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False
         ).last_hidden_state

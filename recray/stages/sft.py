@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from transformers import PreTrainedModel
+
 from recray.config import Sft
 from recray.data.catalogue import Catalogue, check_boundaries
 from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
+from recray.errors import ConfigError
 from recray.lm.load import load_model, make_model, save_model
 from recray.lm.scorer import ItemScorer
 from recray.lm.selfcheck import check_sharing
@@ -76,6 +79,7 @@ def _write_start(job: Job, name: str) -> Catalogue:
         model, tokenizer = load_model(part.model.path, dtype=dtype, trust_remote_code=part.model.trust_remote_code)
     catalogue = Catalogue.build(labels, tokenizer, template, part.prompt.max_tokens)
     check_boundaries(catalogue, tokenizer)
+    _refuse_too_long(catalogue, model)
     checked = validation_rows(job.workspace, 3, job.seed)
     error = check_sharing(ItemScorer(model), catalogue, checked.histories, [items[:8] for items in checked.candidates])
     logger.info("sft: shared prompts give the scores of separate ones, to %.1e nats", error)
@@ -89,6 +93,18 @@ def _write_start(job: Job, name: str) -> Catalogue:
         "sharing_error_nats": error,
     }
     return catalogue
+
+
+def _refuse_too_long(catalogue: Catalogue, model: PreTrainedModel) -> None:
+    """Refuse prompts that, with the longest item behind them, leave the positions that the model knows."""
+    known = getattr(model.config, "max_position_embeddings", None)
+    longest = catalogue.max_prompt_tokens + int(catalogue.item_lengths.max())
+    if known is not None and longest > known:
+        raise ConfigError(
+            f"a prompt of sft.prompt.max_tokens={catalogue.max_prompt_tokens} tokens and the longest item make "
+            f"{longest}, more than the {known} positions of the model; lower sft.prompt.max_tokens, or raise "
+            f"sft.model.max_positions where the model is made here"
+        )
 
 
 def make_feed(workspace: Workspace, start: str, part: Sft, seed: int, world_size: int) -> Feed:

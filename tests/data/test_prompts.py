@@ -120,3 +120,11 @@ def test_training_texts_hold_every_label_and_word_of_the_prompt(template: Templa
     texts = "\n".join(training_texts(template, ["Toy Story (1995)", "B"]))
     for part in ("Toy Story (1995)", "B", template.opening, template.between or "", template.cue):
         assert part in texts
+
+
+def test_the_configuration_knows_every_template() -> None:
+    from typing import get_args
+
+    from recray.config import Prompt
+
+    assert set(get_args(Prompt.model_fields["template"].annotation)) == set(TEMPLATES)
