@@ -200,6 +200,8 @@ for _name, _summary in STAGE_HELP.items():
 
 
 def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str]) -> None:
+    from functools import partial
+
     from recray.stages.flow import MAIN_JOB, run_stages
     from recray.workspace import Workspace
 
@@ -210,8 +212,7 @@ def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: 
 
     log_lines()
     names = MAIN_JOB if stages is None else stages
-    with connect(pipeline.resources):
-        run_stages(pipeline, workspace, names, force=force)
+    run_stages(pipeline, workspace, names, force=force, ray=partial(connect, pipeline.resources))
     if "report" in names:
         _show_report(workspace)
 

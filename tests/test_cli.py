@@ -38,9 +38,10 @@ class Terminal:
         self.started_ray = True
         return nullcontext()
 
-    def _run_stages(self, pipeline: Pipeline, workspace: object, names: object, *, force: object) -> None:
-        if self.error is not None:
-            raise self.error
+    def _run_stages(self, pipeline: Pipeline, workspace: object, names: object, *, force: object, ray: Any) -> None:
+        with ray():
+            if self.error is not None:
+                raise self.error
         self.ran.append({"pipeline": pipeline, "workspace": workspace, "names": names, "force": force})
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:

@@ -32,7 +32,8 @@ def amazon() -> Pipeline:
             # Titles run to 113 words: the oldest items go when a prompt is longer than this.
             prompt=Prompt(max_tokens=384),
             passes=6,
+            validation_rows=256,
         ),
         negatives=Negatives(num=15),
-        align=Align(optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=200),
+        align=Align(optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=200, validation_rows=256),
     )

@@ -24,7 +24,8 @@ def movielens() -> Pipeline:
         sft=Sft(
             model=LanguageModel(hidden_size=128, layers=4, heads=4, intermediate_size=384, vocabulary=4096),
             passes=8,
+            validation_rows=256,
         ),
         negatives=Negatives(num=15),
-        align=Align(optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=200),
+        align=Align(optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=200, validation_rows=256),
     )

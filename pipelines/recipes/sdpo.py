@@ -8,6 +8,4 @@ def sdpo() -> Pipeline:
     """`movielens` with S-DPO: a softmax over each user's own negatives, no margin, nothing shared."""
     base = movielens()
     objective = Objective(name="sdpo", margin="none", sharing="none")
-    return base.model_copy(
-        update={"name": "sdpo", "align": base.align.model_copy(update={"objective": objective})}
-    )
+    return base.model_copy(update={"name": "sdpo", "align": base.align.model_copy(update={"objective": objective})})

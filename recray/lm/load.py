@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -26,6 +26,8 @@ from transformers import (
 from recray.data.catalogue import Catalogue
 from recray.data.prompts import find_template
 from recray.errors import CatalogueError, ConfigError, ModelError
+
+Model: TypeAlias = PreTrainedModel  # for those who may not import transformers
 
 PROMPT_FILE = "recray_prompt.json"
 ITEMS_FILE = "recray_items.json"

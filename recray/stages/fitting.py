@@ -183,7 +183,7 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
             storage_filesystem=workspace.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=callbacks,
         ),
         datasets={UNITS: ray.data.range(1)},

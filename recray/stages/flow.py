@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,8 +58,23 @@ class Job:
     pipeline: Pipeline  # for the report and for the search, which lay settings over it; others read `part`
 
 
-def run_stages(pipeline: Pipeline, workspace: Workspace, names: tuple[str, ...], *, force: frozenset[str]) -> None:
+def run_stages(
+    pipeline: Pipeline,
+    workspace: Workspace,
+    names: tuple[str, ...],
+    *,
+    force: frozenset[str],
+    ray: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """Run the named stages in order, skipping those that are up to date.
+
+    Args:
+        pipeline: All settings.
+        workspace: Where the stages meet.
+        names: Stages, in the order of `STAGES`.
+        force: Stages to run although they are up to date.
+        ray: Holds a connection to Ray; entered when the first stage has to run. The default is for callers that hold
+            one.
 
     Raises:
         ConfigError: if a name is no stage.
@@ -67,11 +84,29 @@ def run_stages(pipeline: Pipeline, workspace: Workspace, names: tuple[str, ...],
         if name not in STAGES:
             raise ConfigError(f"no stage {name!r}; there are: {', '.join(STAGES)}")
     workspace.claim(pipeline.name, pipeline.ingest.data)
-    for name in names:
-        _run_stage(pipeline, workspace, STAGES[name], force=name in force)
+    connected = False
+    with ExitStack() as stack:
+        for name in names:
+            due = _due(pipeline, workspace, STAGES[name], force=name in force)
+            if due is None:
+                continue
+            if not connected:
+                stack.enter_context(ray())
+                connected = True
+            _run_stage(pipeline, workspace, STAGES[name], due)
 
 
-def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool) -> None:
+class _Due(NamedTuple):
+    """A stage that has to run."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    fingerprint: str
+    reason: str
+
+
+def _due(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool) -> _Due | None:
+    """Return what makes a stage run, or None if it is up to date."""
     part: Part = getattr(pipeline, stage.name)
     settings = part.model_dump(mode="json")
     inputs = _input_prints(pipeline, workspace, stage)
@@ -79,11 +114,27 @@ def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force:
     done = workspace.manifest(stage.name)
     if done is not None and done.fingerprint == print_now and not force:
         logger.info("%s: up to date (%s), skipped", stage.name, print_now)
-        return
-    logger.info("%s: %s", stage.name, _reason(done, settings, inputs, force=force))
+        return None
+    return _Due(settings, inputs, print_now, _reason(done, settings, inputs, force=force))
+
+
+def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due) -> None:
+    logger.info("%s: %s", stage.name, due.reason)
     module = importlib.import_module(f"recray.stages.{stage.name}")
-    with workspace.stage(stage.name, version=stage.version, part=settings, seed=pipeline.seed, inputs=inputs) as out:
-        module.run(Job(part, pipeline.seed, pipeline.resources, workspace, out, print_now, pipeline))
+    with workspace.stage(
+        stage.name, version=stage.version, part=due.settings, seed=pipeline.seed, inputs=due.inputs
+    ) as out:
+        module.run(
+            Job(
+                getattr(pipeline, stage.name),
+                pipeline.seed,
+                pipeline.resources,
+                workspace,
+                out,
+                due.fingerprint,
+                pipeline,
+            )
+        )
     done = workspace.require(stage.name)
     counts = ", ".join(f"{name} {count:,}" for name, count in done.counts.items())
     logger.info("%s: done in %.1f s (%s)", stage.name, done.seconds, counts)
@@ -103,6 +154,12 @@ def _input_prints(pipeline: Pipeline, workspace: Workspace, stage: Stage) -> dic
                 f"`{name}` in {workspace.uri} was made with other settings than these "
                 f"({_difference(manifest, settings, pipeline.seed)}); run `recray {name}` again, or `recray run`"
             )
+        for source, found in manifest.inputs.items():
+            if source in STAGES and workspace.require(source).fingerprint != found:
+                raise WorkspaceError(
+                    f"`{name}` in {workspace.uri} was made from another `{source}` than the one that is there now; "
+                    f"run `recray {name}` again, or `recray run`"
+                )
         prints[name] = manifest.fingerprint
     return prints
 

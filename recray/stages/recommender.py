@@ -11,13 +11,12 @@ import pyarrow as pa
 import torch
 from numpy import ndarray
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from recray.config import Sft
 from recray.data.catalogue import Catalogue
 from recray.data.examples import list_arrays
 from recray.errors import WorkspaceError
-from recray.lm.load import load_model, open_catalogue, open_recommender, save_model, stored_dtype
+from recray.lm.load import Model, load_model, open_catalogue, open_recommender, save_model, stored_dtype
 from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fitted, log_folder
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
@@ -33,7 +32,7 @@ def labels_of(workspace: Workspace) -> list[str]:
     return labels
 
 
-def open_from(workspace: Workspace, *folder: str) -> tuple[PreTrainedModel, Catalogue]:
+def open_from(workspace: Workspace, *folder: str) -> tuple[Model, Catalogue]:
     """Return the recommender in a folder of the workspace, with the workspace's catalogue."""
     local = workspace.folder(*folder)
     return open_recommender(local, labels_of(workspace), dtype=stored_dtype(local))

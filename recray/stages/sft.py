@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from transformers import PreTrainedModel
-
 from recray.config import Sft
 from recray.data.catalogue import Catalogue, check_boundaries
 from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
 from recray.errors import ConfigError
-from recray.lm.load import load_model, make_model, save_model
+from recray.lm.load import Model, load_model, make_model, save_model
 from recray.lm.scorer import ItemScorer
 from recray.lm.selfcheck import check_sharing
 from recray.stages.fitting import Feed, Fit, RayContext, run_fit
@@ -95,7 +93,7 @@ def _write_start(job: Job, name: str) -> Catalogue:
     return catalogue
 
 
-def _refuse_too_long(catalogue: Catalogue, model: PreTrainedModel) -> None:
+def _refuse_too_long(catalogue: Catalogue, model: Model) -> None:
     """Refuse prompts that, with the longest item behind them, leave the positions that the model knows."""
     known = getattr(model.config, "max_position_embeddings", None)
     longest = catalogue.max_prompt_tokens + int(catalogue.item_lengths.max())

@@ -37,7 +37,7 @@ def test_a_string_hashes_alike_wherever_it_stands() -> None:
 
 def test_units_are_spread_evenly() -> None:
     draws = unit(mix(3, np.arange(100_000)))
-    assert 0.0 <= draws.min()
+    assert draws.min() >= 0.0
     assert draws.max() < 1.0
     counts = np.histogram(draws, bins=20, range=(0, 1))[0]
     assert abs(counts - 5000).max() < 5 * 5000**0.5

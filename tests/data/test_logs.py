@@ -70,6 +70,11 @@ def test_each_fault_has_its_reason() -> None:
     assert set(cleaned["file"].to_pylist()) == {None, "log.csv"}
 
 
+def test_the_least_rating_is_still_feedback() -> None:
+    cleaned = clean(raw(user_id=["u", "u"], item_id=["a", "b"], timestamp=[1, 2], rating=[3.0, 2.5]), min_rating=3.0)
+    assert cleaned["reason"].to_pylist() == [None, BELOW_RATING]
+
+
 def test_without_min_rating_a_strange_rating_is_no_fault() -> None:
     cleaned = clean(raw(user_id=["u", "u"], item_id=["a", "b"], timestamp=[1, 2], rating=["?", None]))
     assert cleaned["reason"].null_count == 2

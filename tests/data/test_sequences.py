@@ -64,7 +64,7 @@ def test_users_are_whole_and_in_order() -> None:
     assert users_of(log.slice(0, 0)).num_rows == 0
 
 
-def loops(log: pa.Table, cut: Cut, users: pa.Table) -> Iterator[tuple[str, list[int], int, list[int]]]:
+def loops(cut: Cut, users: pa.Table) -> Iterator[tuple[str, list[int], int, list[int]]]:
     first = 0
     for row, length in zip(users.to_pylist(), cut.train_length.tolist(), strict=True):
         parts = cut.part[first : first + len(row["items"])].tolist()
@@ -77,7 +77,7 @@ def test_leave_last(last: int) -> None:
     log = random_log(1)
     users = users_of(log)
     cut = cut_last(user_lengths(users), last)
-    for _, items, length, parts in loops(log, cut, users):
+    for _, items, length, parts in loops(cut, users):
         if len(items) < 2 * last + 1:
             assert length == len(items)
             assert set(parts) == {0}
@@ -92,7 +92,7 @@ def test_time_cut() -> None:
     moments = cut_moments(user_times(users), validation=0.2, test=0.1)
     cut = cut_at_times(user_lengths(users), user_times(users), validation_from=moments[0], test_from=moments[1])
     times = logs_of(log)
-    for user, items, length, parts in loops(log, cut, users):
+    for user, items, length, parts in loops(cut, users):
         assert parts == [0 if time < moments[0] else 1 if time < moments[1] else 2 for time, _ in times[user]]
         assert length == parts.count(0) == (parts + [1]).index(1 if 1 in parts else 2 if 2 in parts else 1)
         assert len(items) == len(parts)
@@ -133,6 +133,15 @@ def test_targets_have_all_that_came_before_and_nothing_after() -> None:
     assert counts == {
         "held_out": len(expected), "without_history": 0, "beyond_targets_per_user": 0, "eligible": len(expected),
     }  # fmt: skip
+
+
+def test_a_first_interaction_can_be_no_target() -> None:
+    users = users_of(random_log(8))
+    cut = cut_at_times(user_lengths(users), user_times(users), validation_from=0, test_from=0)
+    targets, counts = targets_of(users, cut, "test", most_per_user=10**6, most=10**6, seed=0)
+    assert counts["without_history"] == users.num_rows
+    assert counts["eligible"] == targets.num_rows == 400 - users.num_rows
+    assert all(targets["met"].to_pylist())
 
 
 def test_limits_choose_by_hash_and_add_up() -> None:
@@ -208,17 +217,17 @@ def test_training_ends_before_the_first_published_target() -> None:
     users = pa.table(
         {
             "user_id": ["a", "b", "c", "d"],
-            "items": pa.array([[1, 2, 3, 4, 5], [1, 2, 1, 3], [1, 2], [4, 5, 6]], ITEMS),
+            "items": pa.array([[1, 2, 3, 4, 5], [2, 1, 3, 1, 4], [1, 2], [4, 5, 6]], ITEMS),
         }
     )
     targets = pa.table(
         {
             "user_id": ["a", "a", "b", "d", "nobody"],
             "target": pa.array([4, 5, 1, 99, 1], pa.int32()),
-            "last": pa.array([3, 4, 2, 6, 1], pa.int32()),  # b: 1 stands twice, but follows 2 at place 2 only
+            "last": pa.array([3, 4, 3, 6, 1], pa.int32()),  # b: 1 stands twice, but follows 3 at place 3 only
         }
     )
-    assert cut_before_targets(users, targets).tolist() == [3, 2, 2, 3]
+    assert cut_before_targets(users, targets).tolist() == [3, 3, 2, 3]
 
 
 def test_published_rows_with_candidates_come_first() -> None:
