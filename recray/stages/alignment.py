@@ -11,10 +11,9 @@ import torch
 from recray.config import Align, Resources, Sft
 from recray.data.examples import ExampleShards, join_examples, matrix, met_in_training, write_shards
 from recray.errors import ConfigError
-from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fit, Fitted, RayContext, run_fit
-from recray.stages.recommender import catalogue_from, open_from, sft_feed, validation_rows
-from recray.train.engine import Engine, make_engine
+from recray.stages.recommender import catalogue_from, engine_of, open_from, sft_feed, validation_rows
+from recray.train.engine import Engine
 from recray.train.feeding import AlignFeed, Share
 from recray.train.log import MetricsLog
 from recray.train.loop import Plan, Progress, fit
@@ -115,13 +114,7 @@ def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
     workspace, part = setting.workspace, setting.part
     model, catalogue = open_from(workspace, "sft", "model")
     chosen = part.optimiser
-    engine = make_engine(
-        ItemScorer(model),
-        kind=chosen.engine,
-        weight_decay=chosen.weight_decay,
-        clip_norm=chosen.clip_norm,
-        zero_stage=chosen.zero_stage,
-    )
+    engine = engine_of(model, chosen)
     rows = validation_rows(workspace, part.validation_rows, setting.seed)
     centre = MarginCentre()
     step = AlignStep(part.objective, centre) if part.objective.name != "sft" else None

@@ -171,12 +171,8 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"fit": fit, "workspace": workspace, "threads": resources.threads_per_worker},
-        scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_worker_resources(resources),
-        ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker > 0 else "gloo"),
+        scaling_config=scaling(resources),
+        torch_config=backend(resources),
         run_config=RunConfig(
             name=fit.run,
             storage_path=workspace.path(".training"),
@@ -190,6 +186,21 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
         dataset_config=OrderedFeed(fit.make_feed, fit.steps, workspace, fit.run),
     )
     return Fitted(trainer.fit().checkpoint)
+
+
+def scaling(resources: Resources) -> ScalingConfig:
+    """Return how many workers Ray Train starts, and what it sets aside for each."""
+    each: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker > 0:
+        each["GPU"] = resources.gpus_per_worker
+    return ScalingConfig(
+        num_workers=resources.num_workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=each
+    )
+
+
+def backend(resources: Resources) -> TorchConfig:
+    """Return what workers' collectives run on."""
+    return TorchConfig(backend="nccl" if resources.gpus_per_worker > 0 else "gloo")
 
 
 def log_folder(workspace: Workspace, run: str) -> str:
@@ -224,10 +235,3 @@ def _worker(config: dict[str, Any]) -> None:
         target = log_folder(workspace, fit.run)
         pafs.copy_files(folder, target, destination_filesystem=workspace.fs)
         shutil.rmtree(folder)
-
-
-def _worker_resources(resources: Resources) -> dict[str, float]:
-    found: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker > 0:
-        found["GPU"] = resources.gpus_per_worker
-    return found

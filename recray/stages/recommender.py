@@ -12,13 +12,14 @@ import torch
 from numpy import ndarray
 from safetensors.torch import load_file
 
-from recray.config import Sft
+from recray.config import Optimiser, Sft
 from recray.data.catalogue import Catalogue
 from recray.data.examples import list_arrays
 from recray.errors import WorkspaceError
 from recray.lm.load import Model, load_model, open_catalogue, open_recommender, save_model, stored_dtype
 from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fitted, log_folder
+from recray.train.engine import Engine, make_engine
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
 from recray.train.order import Order
 from recray.train.validation import ValidationRows
@@ -41,6 +42,17 @@ def open_from(workspace: Workspace, *folder: str) -> tuple[Model, Catalogue]:
 def catalogue_from(workspace: Workspace, *folder: str) -> Catalogue:
     """Return the catalogue of the recommender in a folder of the workspace, without its model."""
     return open_catalogue(workspace.folder(*folder), labels_of(workspace))
+
+
+def engine_of(model: Model, optimiser: Optimiser) -> Engine:
+    """Return the engine that trains this model as the settings say."""
+    return make_engine(
+        ItemScorer(model),
+        kind=optimiser.engine,
+        weight_decay=optimiser.weight_decay,
+        clip_norm=optimiser.clip_norm,
+        zero_stage=optimiser.zero_stage,
+    )
 
 
 def validation_rows(workspace: Workspace, count: int, seed: int) -> ValidationRows:

@@ -19,6 +19,7 @@ from recray.stages.flow import Job
 from recray.stages.recommender import (
     catalogue_from,
     dtype_of,
+    engine_of,
     labels_of,
     open_from,
     sft_feed,
@@ -26,7 +27,6 @@ from recray.stages.recommender import (
     validation_rows,
     write_fitted,
 )
-from recray.train.engine import make_engine
 from recray.train.log import MetricsLog
 from recray.train.loop import Plan, Progress, fit
 from recray.train.step import MarginCentre, stream_step
@@ -123,13 +123,7 @@ def _work(
     """Fit the model on one rank."""
     model, catalogue = open_from(workspace, ".training", start)
     chosen = part.optimiser
-    engine = make_engine(
-        ItemScorer(model),
-        kind=chosen.engine,
-        weight_decay=chosen.weight_decay,
-        clip_norm=chosen.clip_norm,
-        zero_stage=chosen.zero_stage,
-    )
+    engine = engine_of(model, chosen)
     rows = validation_rows(workspace, part.validation_rows, seed)
     plan = Plan(steps, every, part.patience, chosen.learning_rate, chosen.warmup_fraction, chosen.final_fraction)
     return fit(

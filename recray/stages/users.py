@@ -12,12 +12,13 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.data import ActorPoolStrategy
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig
+from ray.train.torch import TorchTrainer
 
-from recray.config import Resources, Users
+from recray.config import Users
 from recray.errors import ModelError
 from recray.schema import ITEM_VECTORS, ROW_VECTORS
+from recray.stages.fitting import backend, scaling
 from recray.stages.flow import Job
 from recray.stages.rowwise import read_rows, write_rows
 from recray.users.fit import Validation, fit
@@ -98,18 +99,15 @@ def _fit(job: Job, shape: Shape, folder: Path) -> None:
             "seed": job.seed,
             "threads": resources.threads_per_worker,
         },
-        scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_worker_resources(resources),
-        ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker > 0 else "gloo"),
+        scaling_config=scaling(resources),
+        torch_config=backend(resources),
         run_config=RunConfig(
             name=name,
             storage_path=job.workspace.path(".training"),
             storage_filesystem=fs,
             # A lost worker costs the fit from its start: minutes, and the same weights in the end.
             failure_config=FailureConfig(max_failures=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     checkpoint = trainer.fit().checkpoint
@@ -152,13 +150,6 @@ def _sentence(line: dict[str, Any], passes: int) -> str:
         f"users: pass {line['pass']} of at most {passes}, loss {line['loss']:.3f} nats, validation NDCG@10 "
         f"{line['validation_ndcg@10']:.4f}, HR@10 {line['validation_hr@10']:.4f}, {line['seconds']:.1f} s"
     )
-
-
-def _worker_resources(resources: Resources) -> dict[str, float]:
-    found = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker > 0:
-        found["GPU"] = resources.gpus_per_worker
-    return found
 
 
 def _lists(vectors: np.ndarray) -> pa.ListArray:
