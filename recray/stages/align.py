@@ -1,7 +1,7 @@
 """Preference optimisation from the SFT model: NAPO and its family. Ray Train and DeepSpeed ZeRO."""
 
 from recray.config import Align
-from recray.stages.alignment import alignment, run_alignment, write_examples
+from recray.stages.alignment import alignment, meet_the_truth, run_alignment, write_examples
 from recray.stages.flow import Job
 from recray.stages.recommender import refuse_other_reference, write_fitted
 
@@ -14,6 +14,8 @@ def run(job: Job) -> None:
     examples = f"{name}-examples"
     setting = alignment(job.workspace, part, job.seed, examples)
     job.out.counts["examples"] = write_examples(job.workspace, examples)
+    if job.workspace.exists("ingest", "truth"):
+        job.out.facts["known_truth"] = meet_the_truth(setting)
     fitted = run_alignment(setting, job.resources, run=name, name="align")
     write_fitted(job.out, fitted, job.workspace.folder("sft", "model"), name)
     job.out.facts["objective"] = part.objective.model_dump(mode="json")

@@ -6,13 +6,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from recray.config import Align, Resources, Sft
-from recray.data.examples import ExampleShards, join_examples, matrix, met_in_training, write_shards
+from recray.data.examples import (
+    ExampleShards,
+    join_examples,
+    list_arrays,
+    matrix,
+    met_in_training,
+    write_shards,
+)
 from recray.errors import ConfigError
 from recray.stages.fitting import Feed, Fit, Fitted, RayContext, run_fit
 from recray.stages.recommender import catalogue_from, engine_of, open_from, sft_feed, validation_rows
+from recray.train.audit import known_false_negatives
 from recray.train.engine import Engine
 from recray.train.feeding import AlignFeed, Share
 from recray.train.log import MetricsLog
@@ -22,6 +31,8 @@ from recray.train.step import AlignStep, MarginCentre, StepResult, stream_step
 from recray.train.units import Unit
 from recray.train.validation import validate
 from recray.workspace import Workspace
+
+AUDITED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,26 @@ def make_feed(setting: Alignment, world_size: int) -> Feed:
         Share(world_size, part.tokens_per_micro_batch, part.micro_batches),
         part.objective,
         num_negatives=setting.num_negatives,
+    )
+
+
+def meet_the_truth(setting: Alignment) -> dict[str, float]:
+    """Return how often sharing and margins meet a known false negative, in steps from all over the run."""
+    workspace, objective = setting.workspace, setting.part.objective
+    feed = make_feed(setting, 1)
+    if not isinstance(feed, AlignFeed):
+        return {}
+    truth = workspace.table("ingest", "truth")
+    liked = dict(zip(truth["user_id"].to_pylist(), list_arrays(truth["items"]), strict=True))
+    users = workspace.table("sequences", "train", columns=["row", "user_id"]).sort_by("row")["user_id"].to_pylist()
+    nothing = np.zeros(0, dtype=np.int32)
+    steps = np.unique(np.linspace(0, setting.part.steps - 1, AUDITED_STEPS).astype(int)).tolist()
+    return known_false_negatives(
+        feed,
+        steps,
+        [liked.get(user, nothing) for user in users],
+        base=objective.margin_base,
+        slope=objective.margin_slope,
     )
 
 

@@ -49,7 +49,7 @@ class AlignFeed:
         sample_items: int = 512,
     ) -> None:
         self._shards, self._catalogue, self._order, self._share = shards, catalogue, order, share
-        self._objective, self._num_negatives = objective, num_negatives
+        self._objective, self.num_negatives = objective, num_negatives
         self._item_vectors = item_vectors
         rng = np.random.default_rng(order.seed)
         sample = rng.choice(len(item_vectors), min(sample_items, len(item_vectors)), replace=False)
@@ -59,7 +59,7 @@ class AlignFeed:
         """Return the unit of one rank in one step."""
         rows = rows_of_step(self._order, step)
         examples = self._shards.take(rows)
-        items = examples.items[:, : 1 + self._num_negatives]
+        items = examples.items[:, : 1 + self.num_negatives]
         candidates = list(items)
         lengths = segment_lengths(self._catalogue, examples.histories, candidates)
         share = self._share
@@ -69,9 +69,13 @@ class AlignFeed:
             for own in places
         ]
         mine = np.concatenate(places)
-        arrays = {"place": mine, "reference": examples.reference[:, : 1 + self._num_negatives]}
+        arrays = {"place": mine, "reference": examples.reference[:, : 1 + self.num_negatives]}
         arrays |= self._borrowing(examples, items, mine)
         return Unit(step, rank, micro_batches, arrays, rows.tolist())
+
+    def negatives_of(self, rows: Sequence[int]) -> Int[ndarray, "G N"]:
+        """Return the negatives drawn for these rows."""
+        return self._shards.take(np.array(rows, dtype=np.int64)).items[:, 1 : 1 + self.num_negatives]
 
     def _borrowing(
         self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
