@@ -127,7 +127,7 @@ def meet_the_truth(setting: Alignment) -> dict[str, float]:
     if not isinstance(feed, AlignFeed):
         return {}
     truth = workspace.table("ingest", "truth")
-    liked = dict(zip(truth["user_id"].to_pylist(), list_arrays(truth["items"]), strict=True))
+    liked = dict(zip(truth["user_id"].to_pylist(), list_arrays(truth["liked"]), strict=True))
     users = workspace.table("sequences", "train", columns=["row", "user_id"]).sort_by("row")["user_id"].to_pylist()
     nothing = np.zeros(0, dtype=np.int32)
     steps = np.unique(np.linspace(0, setting.part.steps - 1, AUDITED_STEPS).astype(int)).tolist()
