@@ -117,11 +117,10 @@ def _chunk(
         _accept(drawn, found, pending, items, fresh)
         first, width = first + width, max(width, min(2 * width, CELLS_AT_ONCE // len(pending)))
         exhausted = (found[pending] < num) & (first >= patience[pending])
-        for at in pending[exhausted]:
+        for at in pending[exhausted].tolist():
             own = keys[np.searchsorted(keys, at * num_items) : np.searchsorted(keys, (at + 1) * num_items)]
-            drawn[at, found[at] :] = _race(
-                rows[at], np.append(own % num_items, drawn[at, : found[at]]), num - found[at], seed, weights
-            )
+            barred_items = np.append(own % num_items, drawn[at, : found[at]])
+            drawn[at, found[at] :] = _race(int(rows[at]), barred_items, num - int(found[at]), seed, weights)
             found[at] = num
         pending = pending[found[pending] < num]
     return drawn.astype(np.int32)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
@@ -155,7 +156,7 @@ def load(folder: Path) -> SASRec:
         shape = Shape(**json.loads((folder / SHAPE).read_text(encoding="utf-8")))
         model = SASRec(shape, seed=0)
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder} holds no SASRec ({error}); expected {SHAPE} and {WEIGHTS}: run the users stage again"
         ) from error

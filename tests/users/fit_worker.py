@@ -1,0 +1,36 @@
+"""One rank of a fit over gloo: `python fit_worker.py RANK WORLD STORE OUT LOSS`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+from walks import NUM_ITEMS, histories_and_validation  # noqa: E402
+
+from recray.config import Users  # noqa: E402
+from recray.users.fit import fit  # noqa: E402
+from recray.users.sasrec import SASRec, Shape, save  # noqa: E402
+
+
+def main(rank: int, world: int, store: str, out: str, loss: str) -> None:
+    """Fit two passes and save the model and its curve, on rank 0."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    settings = Users(loss=loss, sampled_negatives=16, passes=2, global_batch=7, dropout=0.0)  # 7: unequal shares
+    model = SASRec(Shape(NUM_ITEMS, 8, 1, 2, 6, 0.0), seed=0)
+    histories, validation = histories_and_validation(40)
+    curve = fit(model, histories, validation, settings, seed=1, report=lambda _: None)
+    if rank == 0:
+        save(model, Path(out))
+        (Path(out) / "curve.json").write_text(json.dumps(curve))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5])

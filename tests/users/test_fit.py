@@ -1,0 +1,177 @@
+"""Fitting SASRec: it learns, stops, repeats itself, and doesn't care how many ranks there are."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recray.config import Users
+from recray.errors import DataError, ModelError
+from recray.ranking.metrics import ndcg, ranks
+from recray.users import fit as fitting
+from recray.users.fit import Validation, batch_of, fit, proposal, sampled, validated
+from recray.users.ragged import from_lengths, padded, windows
+from recray.users.sasrec import SASRec, Shape, load
+
+
+def _walks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("walks", Path(__file__).parent / "walks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WALKS = _walks()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads wait for each other at every one of these tiny products: a busy machine took thirty times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SHAPE = Shape(WALKS.NUM_ITEMS, dim=16, layers=1, heads=2, max_history=8, dropout=0.1)
+
+
+def _settings(**changes: Any) -> Users:
+    return Users(**{"global_batch": 16, "learning_rate": 1e-2, "passes": 12, "dropout": 0.1, **changes})
+
+
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
+def test_learns_a_rule_that_popularity_can_not(loss: str) -> None:
+    histories, validation = WALKS.histories_and_validation()
+    model = SASRec(SHAPE, seed=0)
+    lines: list[dict[str, Any]] = []
+    curve = fit(model, histories, validation, _settings(loss=loss, sampled_negatives=64), seed=0, report=lines.append)
+    assert lines == curve
+    candidates, valid = padded(validation.candidates)
+    frequency = np.bincount(histories.items, minlength=WALKS.NUM_ITEMS).astype(float)
+    target = ((candidates == validation.targets[:, None]) & valid).argmax(axis=1)
+    popularity = ndcg(ranks(frequency[candidates], target, valid), 10).mean()
+    best = max(line["validation_ndcg@10"] for line in curve)
+    assert best > popularity + 0.4
+    # What is left in the model is the best pass, not the last.
+    assert validated(model, validation)[1] == pytest.approx(best)
+    assert curve[curve[-1]["best_pass"] - 1]["validation_ndcg@10"] == best
+
+
+def test_stops_when_validation_no_longer_improves(monkeypatch: pytest.MonkeyPatch) -> None:
+    histories, validation = WALKS.histories_and_validation(20)
+    gains = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    monkeypatch.setattr(fitting, "validated", lambda *_: (0.0, next(gains)))
+    curve = fit(SASRec(SHAPE, seed=0), histories, validation, _settings(patience=2), seed=0, report=lambda _: None)
+    assert [line["best_pass"] for line in curve] == [1, 2, 2, 2]
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone() -> None:
+    histories, validation = WALKS.histories_and_validation(30)
+    found = []
+    for ambient, seed in ((5, 1), (6, 1), (6, 2)):
+        torch.manual_seed(ambient)
+        model = SASRec(SHAPE, seed=0)
+        before = torch.get_rng_state()
+        fit(model, histories, validation, _settings(passes=2), seed=seed, report=lambda _: None)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(model.items.weight.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
+def test_two_ranks_are_one(tmp_path: Path, loss: str) -> None:
+    worker = str(Path(__file__).parent / "fit_worker.py")
+    running = []
+    for world in (1, 2):
+        for rank in range(world):
+            arguments = [rank, world, tmp_path / f"store-{world}", tmp_path / f"out-{world}", loss]
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, worker, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                )
+            )
+    for process in running:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output.decode()
+    one, two = load(tmp_path / "out-1"), load(tmp_path / "out-2")
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    curves = [json.loads((tmp_path / f"out-{world}" / "curve.json").read_text()) for world in (1, 2)]
+    for a, b in zip(*curves, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["validation_ndcg@10"] == pytest.approx(a["validation_ndcg@10"], abs=1e-3)
+
+
+def test_every_item_is_predicted_from_the_items_before_it() -> None:
+    histories = from_lengths(np.array([5, 6, 7, 8, 9], dtype=np.int32), np.array([3, 2]))
+    batch = batch_of(histories, torch.device("cpu"))
+    assert batch.lengths.tolist() == [2, 1]
+    assert batch.inputs[0].tolist() == [5, 6]
+    assert batch.inputs[1, :1].tolist() == [8]  # the last item of a window is a target only
+    assert batch.targets.tolist() == [5, 6, 7, 8, 9]
+    model = SASRec(SHAPE, seed=0).eval()
+    states = model(batch.inputs, batch.lengths).flatten(0, 1)[batch.tokens]
+    alone = [([5, 6, 7], 0), ([5, 6, 7], 1), ([5, 6, 7], 2), ([8, 9], 0), ([8, 9], 1)]
+    for state, (items, seen) in zip(states, alone, strict=True):
+        inputs = torch.tensor([items[:-1]])
+        torch.testing.assert_close(state, model(inputs, torch.tensor([len(items) - 1]))[0, seen])
+
+
+def test_sampled_negatives_follow_the_proposal_and_the_step() -> None:
+    histories = from_lengths(np.array([0, 0, 0, 1], dtype=np.int32), np.array([4]))
+    chance = proposal(windows(histories, 5), 3)
+    np.testing.assert_allclose(chance, [4 / 7, 2 / 7, 1 / 7])
+    drawn, expected = sampled(chance, 70_000, 0, 1)
+    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), chance, atol=0.01)
+    np.testing.assert_allclose(expected, np.log(70_000 * chance[drawn]), rtol=1e-6)
+    assert np.array_equal(sampled(chance, 50, 0, 1)[0], sampled(chance, 50, 0, 1)[0])
+    assert not np.array_equal(sampled(chance, 50, 0, 1)[0], sampled(chance, 50, 0, 2)[0])
+
+
+def test_validation_in_plain_loops() -> None:
+    _, validation = WALKS.histories_and_validation(25)
+    model = SASRec(SHAPE, seed=0).eval()
+    with torch.no_grad():
+        model.items.weight.mul_(30)
+    hits, gains = [], []
+    for row, target in enumerate(validation.targets):
+        history = validation.histories.items[validation.histories.offsets[row] : validation.histories.offsets[row + 1]]
+        own = validation.candidates.items[validation.candidates.offsets[row] : validation.candidates.offsets[row + 1]]
+        kept = torch.tensor(history[-8:].astype(np.int64))[None]
+        state = model(kept, torch.tensor([kept.shape[1]]))[0, -1]
+        scores = (model.items.weight @ state).detach().numpy()
+        rank = 1 + sum(scores[item] >= scores[target] for item in own if item != target)
+        hits.append(rank <= 10)
+        gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
+    assert validated(model, validation, rows_at_once=7) == pytest.approx((np.mean(hits), np.mean(gains)))
+
+
+def test_nothing_to_learn_from_is_refused() -> None:
+    histories, validation = WALKS.histories_and_validation(3)
+    none = from_lengths(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64))
+    with pytest.raises(DataError, match="0 windows"):
+        fit(SASRec(SHAPE, seed=0), none, validation, _settings(), seed=0, report=lambda _: None)
+    empty = Validation(none, none, np.empty(0, dtype=np.int32))
+    with pytest.raises(DataError, match="0 validation rows"):
+        fit(SASRec(SHAPE, seed=0), histories, empty, _settings(), seed=0, report=lambda _: None)
+
+
+def test_a_fit_that_blows_up_says_so() -> None:
+    histories, validation = WALKS.histories_and_validation(10)
+    model = SASRec(SHAPE, seed=0)
+    with torch.no_grad():
+        model.items.weight[3] = torch.inf
+    with pytest.raises(ModelError, match="lower users.learning_rate"):
+        fit(model, histories, validation, _settings(), seed=0, report=lambda _: None)
