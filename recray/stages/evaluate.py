@@ -12,14 +12,12 @@ import pyarrow.dataset as pads
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
-from rich.console import Console
 
 from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.ragged import padded
 from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, rank_rows
 from recray.ranking.summary import Ranked, Settings, differences, exposure, summaries
-from recray.report.tables import results_table
 from recray.stages.flow import Job
 from recray.workspace import Workspace
 
@@ -200,4 +198,3 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
         headline: {each["model"]: each[headline] for each in metrics},
         f"{headline} differences": {f"{each['model']} - {each['minus']}": each[headline] for each in paired},
     }
-    Console().print(results_table(metrics, confidence=part.confidence))
