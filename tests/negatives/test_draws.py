@@ -84,6 +84,20 @@ def test_draws_are_their_definition_in_loops(data: st.DataObject) -> None:
     assert found.dtype == np.int32
 
 
+def test_the_change_from_draws_to_race_is_where_the_definition_has_it() -> None:
+    weights = [2000, *[1] * 11]
+    found = _popular(range(300), [[]] * 300, 12, weights)
+    assert found.tolist() == [_in_loops(row, set(), 12, weights, 0) for row in range(300)]
+
+
+@pytest.mark.parametrize(("chance", "item"), [(0.0, 1), (1 - 2**-53, 3)])
+def test_the_least_and_largest_chance_fall_on_items_that_may_be_drawn(
+    chance: float, item: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draws, "chances", lambda _, rows, counters, __: np.full((len(rows), len(counters)), chance))
+    assert _popular([0], [[]], 1, [0, 3, 1, 3, 0]).tolist() == [[item]]
+
+
 @given(st.integers(0, 2**63 - 1), st.integers(1, 12), st.integers(0, 12), st.sampled_from(sorted(SAMPLERS)))
 @settings(max_examples=40, deadline=None)
 def test_prefixes_exclusion_and_no_repeats(seed: int, num: int, more: int, name: str) -> None:

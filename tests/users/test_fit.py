@@ -18,7 +18,7 @@ from recray.errors import DataError, ModelError
 from recray.ranking.metrics import ndcg, ranks
 from recray.users import fit as fitting
 from recray.users.fit import Validation, batch_of, fit, proposal, sampled, validated
-from recray.users.ragged import from_lengths, padded, windows
+from recray.users.ragged import from_lengths, padded, take, windows
 from recray.users.sasrec import SASRec, Shape, load
 
 
@@ -112,6 +112,18 @@ def test_two_ranks_are_one(tmp_path: Path, loss: str) -> None:
     for a, b in zip(*curves, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["validation_ndcg@10"] == pytest.approx(a["validation_ndcg@10"], abs=1e-3)
+
+
+def test_ranks_share_a_batch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    histories, validation = WALKS.histories_and_validation(10)
+    rows: list[int] = []
+    monkeypatch.setattr(fitting, "take", lambda lists, chosen: rows.extend(chosen) or take(lists, chosen))
+    monkeypatch.setattr(fitting, "validated", lambda *_: (0.0, 0.0))
+    every = windows(histories, SHAPE.max_history + 1).num_lists
+    for rank in range(3):
+        monkeypatch.setattr(fitting, "world", lambda rank=rank: (rank, 3))
+        fit(SASRec(SHAPE, seed=0), histories, validation, _settings(passes=1, global_batch=every), seed=0, report=print)
+    assert sorted(rows) == list(range(every))
 
 
 def test_every_item_is_predicted_from_the_items_before_it() -> None:
