@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,8 @@ import ray
 import ray.train
 import torch
 from pyarrow import fs as pafs
-from ray.data import ActorPoolStrategy, DataIterator, Dataset
+from ray.data import ActorPoolStrategy, DataIterator, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -42,6 +44,7 @@ from recray.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 FEED_CPUS = 0.25
+NUMBER_CPUS = 0.05
 PROGRESS_EVERY_S = 15.0
 UNITS = "units"
 
@@ -70,10 +73,41 @@ class LoadUnit:
         return pa.table({"unit": pa.array([pack_unit(self._feed.unit(self._first_step + step, rank))], pa.binary())})
 
 
+class UnitNumbers(Datasource):  # type: ignore[misc]  # ray.data is untyped
+    """The numbers 0 .. count - 1, one a block.
+
+    As `ray.data.range`, but for how little of a CPU its tasks ask: on a small cluster whose CPUs the trainers hold, a
+    task that asks for a whole one would never start, and trainers and feed would wait for each other for ever.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Return bytes."""
+        return 8 * self._count
+
+    def get_read_tasks(
+        self,
+        parallelism: int,  # noqa: ARG002 - one block a number, whatever the cluster
+        per_task_row_limit: int | None = None,  # noqa: ARG002
+        data_context: Any = None,  # noqa: ARG002
+    ) -> list[ReadTask]:
+        """Return one task a number."""
+        one = BlockMetadata(num_rows=1, size_bytes=8, exec_stats=None)
+        return [ReadTask(partial(_number, number), one) for number in range(self._count)]
+
+
+def _number(number: int) -> list[pa.Table]:
+    return [pa.table({"id": pa.array([number], pa.int64())})]
+
+
 def unit_dataset(make_feed: MakeFeed, world_size: int, *, first_step: int, steps: int) -> Dataset:
     """Return the units of steps first_step .. steps - 1, one a block, ordered by (step, rank)."""
     count = max(1, (steps - first_step) * world_size)
-    dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+    numbers = ray.data.read_datasource(UnitNumbers(count), num_cpus=NUMBER_CPUS, override_num_blocks=count)
+    dataset = numbers.map_batches(
         LoadUnit,
         batch_size=1,
         batch_format="numpy",
@@ -182,7 +216,7 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=callbacks,
         ),
-        datasets={UNITS: ray.data.range(1)},
+        datasets={UNITS: ray.data.read_datasource(UnitNumbers(1))},  # a place to put the feed
         dataset_config=OrderedFeed(fit.make_feed, fit.steps, workspace, fit.run),
     )
     return Fitted(trainer.fit().checkpoint)

@@ -157,7 +157,7 @@ def test_a_search_tries_its_points_on_what_is_there_and_writes_the_best(
 def test_trials_leave_a_cpu_to_the_data(tiny_pipeline: Pipeline) -> None:
     resources = tiny_pipeline.resources
     assert trials_at_once(resources, {"CPU": 2.0}) == 1
-    assert trials_at_once(resources, {"CPU": 9.0}) == 10
+    assert trials_at_once(resources, {"CPU": 9.1}) == 10
     assert trials_at_once(resources.model_copy(update={"gpus_per_worker": 1.0}), {"CPU": 64.0, "GPU": 3.0}) == 3
 
 
