@@ -87,6 +87,10 @@ def worker_environment(resources: Resources) -> dict[str, str]:
     }
     if resources.gpus_per_worker == 0:
         environment["DS_ACCELERATOR"] = "cpu"
+        # Keep freed memory: handing tensors of a step back to the system and faulting them in again in the next one
+        # took a fifth of a step's time.
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**30)
+        environment["MALLOC_TRIM_THRESHOLD_"] = str(2**33)
     environment |= {name: os.environ[name] for name in HANDED_ON if name in os.environ}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     taken = (job.get("runtime_env") or {}).get("env_vars") or {}

@@ -44,7 +44,7 @@ from recray.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 FEED_CPUS = 0.25
-NUMBER_CPUS = 0.05
+NUMBER_CPUS = 0.1
 PROGRESS_EVERY_S = 15.0
 UNITS = "units"
 
@@ -106,7 +106,10 @@ def _number(number: int) -> list[pa.Table]:
 def unit_dataset(make_feed: MakeFeed, world_size: int, *, first_step: int, steps: int) -> Dataset:
     """Return the units of steps first_step .. steps - 1, one a block, ordered by (step, rank)."""
     count = max(1, (steps - first_step) * world_size)
-    numbers = ray.data.read_datasource(UnitNumbers(count), num_cpus=NUMBER_CPUS, override_num_blocks=count)
+    # One task at a time: tasks that ask for next to nothing would otherwise start a process each, by the dozen.
+    numbers = ray.data.read_datasource(
+        UnitNumbers(count), num_cpus=NUMBER_CPUS, concurrency=1, override_num_blocks=count
+    )
     dataset = numbers.map_batches(
         LoadUnit,
         batch_size=1,
