@@ -3,7 +3,6 @@
 Nothing here is differentiable: the step never backpropagates through a collective (ARCHITECTURE.md, "The step").
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,12 +20,3 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
-
-
-def same_on_all_ranks(value: int) -> bool:
-    """Return whether every rank holds the same integer."""
-    if world()[1] == 1:
-        return True
-    bounds = torch.tensor([value, -value], dtype=torch.int64)
-    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    return int(bounds[0]) == -int(bounds[1])

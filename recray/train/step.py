@@ -9,7 +9,7 @@ Axes:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -172,8 +172,3 @@ def learning_rate_at(step: int, steps: int, *, peak: float, warmup_fraction: flo
 
 def _tokens(packed: Packed) -> int:
     return int((packed.segment >= 0).sum())
-
-
-def describe(metrics: dict[str, Any]) -> str:
-    """Return metrics as one line for a log."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
