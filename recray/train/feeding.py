@@ -24,6 +24,8 @@ from recray.objectives.sharing import above_threshold, own_only, similarity, top
 from recray.train.order import Order, rows_of_step
 from recray.train.units import MicroBatch, Unit, split
 
+SHOWN = 20  # items that a prompt lists while the model learns to read it, target included
+
 
 class Share(NamedTuple):
     """How a global batch is cut: over ranks, and inside a rank by tokens."""
@@ -177,7 +179,10 @@ def windows_of(lengths: Int[ndarray, " H"], window: int) -> tuple[ndarray, ndarr
 
 
 class ExampleFeed:
-    """Makes units of (history, target) examples; for supervised fine-tuning with an instruction template."""
+    """Makes units of (history, target) examples; for supervised fine-tuning with an instruction template.
+
+    A template that shows candidates shows the target among items drawn uniformly, others in every epoch.
+    """
 
     def __init__(
         self,
@@ -195,24 +200,40 @@ class ExampleFeed:
         rows = rows_of_step(self._order, step)
         histories = [self._histories[row] for row in rows.tolist()]
         candidates = list(self._targets[rows][:, None])
-        lengths = segment_lengths(self._catalogue, histories, candidates)
+        epoch = (step * self._order.global_batch + np.arange(rows.size)) // self._order.num_rows
+        shown = [self._shown(int(row), int(when)) for row, when in zip(rows, epoch, strict=True)]
+        lengths = segment_lengths(self._catalogue, histories, candidates, shown)
         share = self._share
         places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
         micro_batches = [
-            MicroBatch(own, _candidates_or_company(self._catalogue, histories, candidates, own)) for own in places
+            MicroBatch(own, _candidates_or_company(self._catalogue, histories, candidates, own, shown))
+            for own in places
         ]
         scored = np.array([int(self._catalogue.item_lengths[self._targets[rows]].sum())])
         return Unit(step, rank, micro_batches, {"scored_tokens": scored}, rows.tolist())
 
+    def _shown(self, row: int, epoch: int) -> Int[ndarray, " C"]:
+        """Return the items a prompt lists, where its template lists any: the target and others, seeded."""
+        target = self._targets[row]
+        if not self._catalogue.template.shows_candidates:
+            return np.array([target])
+        rng = np.random.default_rng([self._order.seed, epoch, row])
+        drawn = rng.choice(self._catalogue.num_items, min(SHOWN, self._catalogue.num_items), replace=False)
+        return np.append(drawn[drawn != target][: SHOWN - 1], target)
+
 
 def _candidates_or_company(
-    catalogue: Catalogue, histories: Sequence[ndarray], candidates: list[ndarray], own: Int[ndarray, " b"]
+    catalogue: Catalogue,
+    histories: Sequence[ndarray],
+    candidates: list[ndarray],
+    own: Int[ndarray, " b"],
+    shown: list[ndarray] | None = None,
 ) -> Layout:
     if not own.size:
         return company(catalogue)
-    return candidate_layout(
-        segments_of(catalogue, [histories[place] for place in own], [candidates[place] for place in own])
-    )
+    listed = candidates if shown is None else shown
+    chosen = ([each[place] for place in own] for each in (histories, candidates, listed))
+    return candidate_layout(segments_of(catalogue, *chosen))
 
 
 def _streams_or_company(catalogue: Catalogue, streams: list[ndarray]) -> Layout:

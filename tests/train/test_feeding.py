@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from recray.config import Objective
-from recray.train.feeding import AlignFeed, Share, StreamFeed, forbidden_items, windows_of
+from recray.data.catalogue import Catalogue
+from recray.data.prompts import find_template
+from recray.train.feeding import AlignFeed, ExampleFeed, Share, StreamFeed, forbidden_items, windows_of
 from recray.train.order import Order, rows_of_step
 
 ORDER = Order(num_rows=24, global_batch=8, seed=5)
@@ -92,3 +94,22 @@ def test_every_item_is_a_target_once_an_epoch_whatever_the_shift(world, window: 
         scored.append(micro.layout.label.size)
     assert len(set(scored)) == 1
     assert scored[0] == sum(world.catalogue.item_lengths[history].sum() for history in world.histories)
+
+
+def test_a_prompt_that_lists_candidates_does_not_give_the_target_away(world) -> None:  # type: ignore[no-untyped-def]
+    template = find_template("instruction_candidates")
+    catalogue = Catalogue.build(world.catalogue.labels, world.tokenizer, template, 400)
+    targets = np.arange(24, dtype=np.int64)
+    feed = ExampleFeed(world.histories, targets, catalogue, ORDER, Share(1, 10**6))
+    for row in range(24):
+        first, second = feed._shown(row, 0), feed._shown(row, 1)
+        assert len(set(first.tolist())) == len(first) == 20
+        assert (first == row).sum() == (second == row).sum() == 1
+        assert set(first.tolist()) != set(second.tolist())
+        np.testing.assert_array_equal(first, feed._shown(row, 0))
+    (micro,) = feed.unit(0, 0).micro_batches
+    lengths = [
+        catalogue.prompt_length(world.histories[row], feed._shown(row, 0)) + catalogue.item_lengths[row]
+        for row in rows_of_step(ORDER, 0).tolist()
+    ]
+    assert (micro.layout.segment >= 0).sum() == sum(lengths)
