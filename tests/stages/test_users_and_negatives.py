@@ -102,7 +102,7 @@ def _run(
 @pytest.mark.usefixtures("ray_cluster")
 def test_negatives_are_complete_sorted_and_unmet(small: Workspace) -> None:
     manifest = _run(negatives_stage.run, small, "negatives", Negatives(num=7))
-    table = small.table("negatives", "train")
+    table = small.table("negatives", "train").sort_by("row")
     examples = small.table("sequences", "train").sort_by("row")
     assert table.schema.remove_metadata() == NEGATIVES
     assert table["row"].to_pylist() == examples["row"].to_pylist()
@@ -138,7 +138,7 @@ def test_users_are_the_models_own_vectors(small: Workspace) -> None:
     assert items["item"].to_pylist() == list(range(NUM_ITEMS))
     np.testing.assert_array_equal(np.array(items["vector"].to_pylist(), dtype=np.float32), item_vectors(model))
     for split in ("train", "validation", "test"):
-        table, rows = small.table("users", split), small.table("sequences", split).sort_by("row")
+        table, rows = (small.table(stage, split).sort_by("row") for stage in ("users", "sequences"))
         assert table.schema.remove_metadata() == ROW_VECTORS
         assert table["row"].to_pylist() == rows["row"].to_pylist()
         wanted = user_vectors(model, from_arrow(rows["history"]))
