@@ -61,6 +61,7 @@ class Catalogue:
         pad, bos, end: Token ids. `pad` may equal `end` in models that were made without one: mask by length,
             never by id. `bos` is what a text starts with: the end token where the tokenizer has no other.
         item_lengths: [num_items] tokens of each item, end token included.
+        shares_prompt: Whether its model takes several candidates behind one prompt; told by whoever opened the model.
         fingerprint: 16 hex digits; changes with labels, their tokens, template and longest prompt.
     """
 
@@ -71,6 +72,7 @@ class Catalogue:
         self.template = template
         self.max_prompt_tokens = max_prompt_tokens
         self.streams = template.streams
+        self.shares_prompt = True
         self.pad, self.bos, self.end = (int(pieces[name]) for name in ("pad", "bos", "end"))
         self._items: Pieces = pieces["items"]
         self._lines: Pieces = pieces["lines"]
@@ -157,6 +159,7 @@ class Catalogue:
             "version": self.template.version,
             "max_tokens": self.max_prompt_tokens,
             "fingerprint": self.fingerprint,
+            "shares_prompt": self.shares_prompt,
         }
 
     @property

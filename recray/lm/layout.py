@@ -4,6 +4,9 @@ A *segment* is one prompt followed by its candidates. Candidates attend to the p
 other, and each counts its positions on from the end of the prompt: so each is scored as if it stood there alone.
 Segments are packed into rows of equal width without attending to each other; nothing is padded on the left.
 
+Models that can't take several candidates behind one prompt get a *plain* layout: a row a candidate, its prompt before
+it, and neither mask nor positions of ours.
+
 Axes:
     U  segments (users)         P  prompt tokens of all segments, end to end
     K  candidates of all segments, segment by segment
@@ -12,7 +15,8 @@ Axes:
     S  scored tokens
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -42,6 +46,10 @@ class Layout(NamedTuple):
     label: Int[ndarray, " S"]
     slot: Int[ndarray, " S"]  # the score that the token's log-probability is added to
     num_scores: int
+    plain: bool = False  # one segment a row and no branches: causal attention is all it needs
+
+
+Packing: TypeAlias = Callable[[ndarray], tuple[ndarray, ndarray, tuple[int, int]]]
 
 
 def candidate_layout(segments: Segments) -> Layout:
@@ -88,14 +96,53 @@ def candidate_layout(segments: Segments) -> Layout:
     )
 
 
-def stream_layout(tokens: Int[ndarray, " P"], lengths: Int[ndarray, " U"]) -> Layout:
+def separate_layout(segments: Segments) -> Layout:
+    """Return plain rows in which every candidate stands alone behind its own copy of the prompt; slot k is candidate k.
+
+    Raises:
+        ValueError: if a prompt or a candidate has no tokens, naming it.
+    """
+    _refuse_empty(segments.prompt_lengths, "prompt")
+    _refuse_empty(segments.candidate_lengths, "candidate")
+    user = np.repeat(np.arange(segments.candidates_each.size), segments.candidates_each)
+    prompts, lengths = segments.prompt_lengths[user], segments.candidate_lengths
+    row, _, shape = one_a_row(prompts + lengths)
+
+    copy, prompt_step = np.repeat(row, prompts), _steps(prompts)
+    prompt_start = (np.cumsum(segments.prompt_lengths) - segments.prompt_lengths)[user]
+    copied = segments.prompt_tokens[np.repeat(prompt_start, prompts) + prompt_step]
+
+    candidate, step = np.repeat(row, lengths), _steps(lengths)
+    place = candidate * shape[1] + prompts[candidate] + step
+    places = np.concatenate([copy * shape[1] + prompt_step, place])
+    owner = np.concatenate([copy, candidate])
+    return Layout(
+        tokens=_fill(shape, places, np.concatenate([copied, segments.candidate_tokens]), 0),
+        positions=_fill(shape, places, np.concatenate([prompt_step, prompts[candidate] + step]), 0),
+        segment=_fill(shape, places, owner, PADDING),
+        branch=_fill(shape, places, 0 * owner, 0),
+        source=place - 1,
+        label=segments.candidate_tokens.astype(np.int64),
+        slot=candidate,
+        num_scores=lengths.size,
+        plain=True,
+    )
+
+
+def stream_layout(tokens: Int[ndarray, " P"], lengths: Int[ndarray, " U"], packing: Packing | None = None) -> Layout:
     """Return the rows in which every token of every stream but its first is scored; slot u is stream u.
+
+    Args:
+        tokens: Of all streams, end to end.
+        lengths: Tokens of each stream.
+        packing: `pack`, the default, or `one_a_row` for a plain layout.
 
     Raises:
         ValueError: if a stream has no tokens.
     """
     _refuse_empty(lengths, "stream")
-    row, start, shape = pack(lengths)
+    packing = packing or pack
+    row, start, shape = packing(lengths)
     user, step = np.repeat(np.arange(lengths.size), lengths), _steps(lengths)
     place = (row * shape[1] + start)[user] + step
     scored = step > 0
@@ -108,6 +155,7 @@ def stream_layout(tokens: Int[ndarray, " P"], lengths: Int[ndarray, " U"]) -> La
         label=tokens[scored].astype(np.int64),
         slot=user[scored],
         num_scores=lengths.size,
+        plain=packing is one_a_row,
     )
 
 
@@ -131,6 +179,12 @@ def pack(lengths: Int[ndarray, " U"]) -> tuple[Int[ndarray, " U"], Int[ndarray, 
         row[segment], start[segment] = fit, used[fit]
         used[fit] += length
     return row, start, (max(1, len(used)), width)
+
+
+def one_a_row(lengths: Int[ndarray, " U"]) -> tuple[Int[ndarray, " U"], Int[ndarray, " U"], tuple[int, int]]:
+    """Place each segment at the start of a row of its own; returns as `pack` does."""
+    count = lengths.size
+    return np.arange(count), np.zeros(count, dtype=np.int64), (max(1, count), int(lengths.max(initial=1)))
 
 
 def _steps(lengths: Int[ndarray, " n"]) -> Int[ndarray, " total"]:

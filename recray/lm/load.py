@@ -26,8 +26,11 @@ from transformers import (
 from recray.data.catalogue import Catalogue
 from recray.data.prompts import find_template
 from recray.errors import CatalogueError, ConfigError, ModelError
+from recray.lm.attention import use_flex
+from recray.lm.lora import nf4_settings
 
 Model: TypeAlias = PreTrainedModel  # for those who may not import transformers
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 PROMPT_FILE = "recray_prompt.json"
 ITEMS_FILE = "recray_items.json"
@@ -46,7 +49,6 @@ def make_model(
     max_positions: int,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
 ) -> PreTrainedModel:
     """Return a Llama of this shape with random weights, the same for the same seed.
 
@@ -72,12 +74,12 @@ def make_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation=attention,
         dtype=dtype,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype)
+        model: PreTrainedModel = LlamaForCausalLM(config).to(dtype)
+    return _attending(model, None)
 
 
 def load_model(
@@ -85,7 +87,8 @@ def load_model(
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    attention: str = "sdpa",
+    attention: str | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of a local Hugging Face folder or a hub id.
 
@@ -96,14 +99,19 @@ def load_model(
             text is a hub id.
         dtype: Of the weights in memory.
         trust_remote_code: Whether code that comes with the model may run.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`. None: FlexAttention where there is a GPU and the model allows
+            it, else transformers' own choice.
+        quantization: "nf4" for linear layers in 4 bits, frozen, which needs bitsandbytes and a GPU; or "none".
 
     Raises:
         ModelError: saying what to do, if anything is missing or broken, or if model and tokenizer do not fit.
     """
     source = _source(folder_or_id)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    model = _load_weights(source, dtype=dtype, trust_remote_code=trust_remote_code, attention=attention)
+    settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization == "nf4":
+        settings["quantization_config"] = nf4_settings(dtype)
+    model = _load_weights(source, attention=attention, **settings)
     rows = model.get_input_embeddings().num_embeddings
     if _rows_needed(tokenizer) > rows:
         raise ModelError(
@@ -142,7 +150,7 @@ def load_prompt(folder: Path) -> dict[str, Any]:
         ModelError: if the folder has no such file, or it is not what recray wrote.
     """
     prompt: dict[str, Any] = _read_json(folder / PROMPT_FILE, dict)
-    missing = {"template", "version", "max_tokens", "fingerprint"} - set(prompt)
+    missing = {"template", "version", "max_tokens", "fingerprint", "shares_prompt"} - set(prompt)
     if missing:
         raise ModelError(f"{folder / PROMPT_FILE} lacks {', '.join(sorted(missing))}; make the folder again")
     return prompt
@@ -153,7 +161,8 @@ def open_recommender(
     labels: Sequence[str] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, Catalogue]:
     """Return a model that recray trained, and the catalogue as it was tokenised for it.
 
@@ -161,7 +170,9 @@ def open_recommender(
         folder: Written by `save_model`.
         labels: The items' labels in item order, to be held against those of training. None: the latter.
         dtype: Of the weights in memory.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`. None: FlexAttention where there is a GPU and the model allows
+            it, else transformers' own choice.
+        quantization: As in `load_model`.
 
     Raises:
         ModelError: if the folder can't be loaded.
@@ -169,7 +180,7 @@ def open_recommender(
             not those the model was trained with.
     """
     catalogue = open_catalogue(folder, labels)
-    model, _ = load_model(folder, dtype=dtype, attention=attention)
+    model, _ = load_model(folder, dtype=dtype, attention=attention, quantization=quantization)
     return model, catalogue
 
 
@@ -189,6 +200,7 @@ def open_catalogue(folder: Path, labels: Sequence[str] | None = None) -> Catalog
             f"version {prompt['version']}), but these {len(items)} items with template version "
             f"{template.version} are {catalogue.fingerprint}; use the items of its training, or train again"
         )
+    catalogue.shares_prompt = prompt["shares_prompt"]
     return catalogue
 
 
@@ -255,12 +267,11 @@ def _known(source: str) -> str:
     return source if Path(source).exists() else f"{source} (no folder here, so taken for a hub id)"
 
 
-def _load_weights(source: str, *, dtype: torch.dtype, trust_remote_code: bool, attention: str) -> PreTrainedModel:
+def _load_weights(source: str, *, attention: str | None, **settings: Any) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **settings,
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
@@ -283,6 +294,13 @@ def _load_weights(source: str, *, dtype: torch.dtype, trust_remote_code: bool, a
             f"{source}: {len(missing)} weights of the model are not there, {missing[0]} for one, and would "
             f"be random; use a folder with the weights of a whole causal language model"
         )
+    return _attending(model, attention)
+
+
+def _attending(model: PreTrainedModel, asked: str | None) -> PreTrainedModel:
+    """Return the model with FlexAttention where nothing else is asked for and a GPU is there to run it."""
+    if asked is None and torch.cuda.is_available():
+        use_flex(model)
     return model
 
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recray.data.catalogue import Catalogue
-from recray.lm.layout import Layout, Segments, candidate_layout
+from recray.lm.attention import BLOCK, FLEX, block_masks, dense_masks, mask_form
+from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, one_a_row, separate_layout, stream_layout
 from recray.lm.load import open_recommender, stored_dtype
 
 LOGITS_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
@@ -34,6 +35,7 @@ class Packed(NamedTuple):
     label: Int[Tensor, " S"]
     slot: Int[Tensor, " S"]
     num_scores: int
+    plain: bool = False
 
 
 class ItemScorer(nn.Module):
@@ -46,9 +48,10 @@ class ItemScorer(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
-        config: Any = model.config
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
         self._vocabulary = int(config.vocab_size)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._mask_form = mask_form(model)
 
     def forward(self, packed: Packed) -> Float[Tensor, " S"]:
         """Return log pi(label | everything it may see), in nats, float32 or wider, one a scored token."""
@@ -63,17 +66,27 @@ class ItemScorer(nn.Module):
 
     def hidden(self, packed: Packed) -> Float[Tensor, "S D"]:
         """Return the hidden states that predict the scored tokens."""
-        # A float mask: eager attention *adds* the mask, so a boolean one would be silently wrong there, and fused
-        # attention on a CPU would turn it into floats again in every layer.
-        seen = visible(packed.segment, packed.branch)[:, None]
-        dtype = self.model.get_input_embeddings().weight.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        mask = mask.masked_fill_(~seen, torch.finfo(dtype).min)
+        columns = packed.tokens.shape[1]
+        flex = self.model.config._attn_implementation == FLEX
+        if flex:
+            packed = _in_blocks(packed)
         states = self.model.base_model(
-            input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False
+            input_ids=packed.tokens, use_cache=False, **self._attention(packed, flex=flex)
         ).last_hidden_state
-        chosen: Tensor = states.flatten(end_dim=1)[packed.source]
+        chosen: Tensor = states[:, :columns].flatten(end_dim=1)[packed.source]
         return chosen
+
+    def _attention(self, packed: Packed, *, flex: bool) -> dict[str, Any]:
+        """Return the masks and positions that this layout needs of the model."""
+        if packed.plain:  # padding is on the right, where nothing that is scored looks
+            return {}
+        place = (packed.positions, packed.segment, packed.branch)
+        if flex:
+            masks = block_masks(self._mask_form, *place)
+        else:
+            dtype = self.model.get_input_embeddings().weight.dtype
+            masks = dense_masks(self._mask_form, *place, dtype)
+        return {"attention_mask": masks, "position_ids": packed.positions}
 
     def _log_probability(self, hidden: Float[Tensor, "s D"], label: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
         # float32: bf16 keeps 8 bits of mantissa, so a log-probability near -40 would be off by a quarter of a nat.
@@ -85,17 +98,12 @@ class ItemScorer(nn.Module):
         return picked
 
 
-def visible(segment: Int[Tensor, "R T"], branch: Int[Tensor, "R T"]) -> Bool[Tensor, "R T T"]:
-    """Return which key (last axis) each query (second axis) may attend to.
-
-    A token sees itself and earlier tokens of its own segment that belong to the prompt or to its own candidate.
-    Padding sees earlier padding, so that no row of the softmax is empty.
-    """
-    same_segment = segment[:, :, None] == segment[:, None, :]
-    reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    width = segment.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
-    return same_segment & reachable & causal
+def _in_blocks(packed: Packed) -> Packed:
+    """Return the layout with rows padded to whole blocks, so that few widths are ever compiled."""
+    extra = -packed.tokens.shape[1] % BLOCK
+    fill = {"tokens": 0, "positions": 0, "segment": PADDING, "branch": 0}
+    wider = {name: nn.functional.pad(getattr(packed, name), (0, extra), value=value) for name, value in fill.items()}
+    return packed._replace(**wider)
 
 
 def sum_by_slot(log_probability: Float[Tensor, " S"], packed: Packed) -> Float[Tensor, " scores"]:
@@ -109,9 +117,9 @@ def to_device(layout: Layout, device: torch.device | str) -> Packed:
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(getattr(layout, name))).to(device)
         for name in Layout._fields
-        if name != "num_scores"
+        if name not in ("num_scores", "plain")
     }
-    return Packed(**tensors, num_scores=layout.num_scores)
+    return Packed(**tensors, num_scores=layout.num_scores, plain=layout.plain)
 
 
 def segments_of(
@@ -137,17 +145,29 @@ def segments_of(
     )
 
 
+def lay_out(catalogue: Catalogue, segments: Segments) -> Layout:
+    """Return the rows in which this catalogue's model scores candidates: behind one prompt if it can."""
+    return candidate_layout(segments) if catalogue.shares_prompt else separate_layout(segments)
+
+
+def lay_out_streams(catalogue: Catalogue, streams: list[ndarray]) -> Layout:
+    """Return the rows in which this catalogue's model scores every token of streams but the first."""
+    lengths = np.array([stream.size for stream in streams], dtype=np.int64)
+    return stream_layout(np.concatenate(streams), lengths, None if catalogue.shares_prompt else one_a_row)
+
+
 def segment_lengths(
     catalogue: Catalogue,
     histories: list[ndarray],
     candidates: list[ndarray],
     shown: list[ndarray] | None = None,
 ) -> Int[ndarray, " U"]:
-    """Return the tokens of each segment: its prompt and all its candidates."""
+    """Return the tokens of each segment: all its candidates, and its prompt, once or as often as it must be read."""
     listed = candidates if shown is None else shown
     own = np.array([catalogue.item_lengths[items].sum() for items in candidates], dtype=np.int64)
     prompts = [catalogue.prompt_length(h, items) for h, items in zip(histories, listed, strict=True)]
-    return np.array(prompts, dtype=np.int64) + own
+    copies = 1 if catalogue.shares_prompt else np.array([items.size for items in candidates], dtype=np.int64)
+    return np.array(prompts, dtype=np.int64) * copies + own
 
 
 def score_rows(
@@ -170,7 +190,7 @@ def score_rows(
     for group in groups_by_tokens(lengths, tokens_per_micro_batch):
         chosen = [candidates[row] for row in group]
         segments = segments_of(catalogue, [histories[row] for row in group], chosen, [listed[row] for row in group])
-        packed = to_device(candidate_layout(segments), device)
+        packed = to_device(lay_out(catalogue, segments), device)
         with torch.inference_mode():
             scores = sum_by_slot(scorer(packed), packed).float().cpu().numpy()
         borders = np.cumsum([items.size for items in chosen])[:-1]

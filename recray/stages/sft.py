@@ -6,14 +6,17 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from recray.config import Sft
+import numpy as np
+
+from recray.config import Lora, Sft
 from recray.data.catalogue import Catalogue, check_boundaries
 from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
-from recray.errors import ConfigError
-from recray.lm.load import Model, load_model, make_model, save_model
+from recray.lm.attention import known_positions
+from recray.lm.load import Model, Tokenizer, load_model, make_model, save_model
+from recray.lm.lora import add_adapter, check_targets, require_nf4
 from recray.lm.scorer import ItemScorer
-from recray.lm.selfcheck import check_sharing
+from recray.lm.selfcheck import choose_sharing
 from recray.stages.fitting import Feed, Fit, RayContext, run_fit
 from recray.stages.flow import Job
 from recray.stages.recommender import (
@@ -30,7 +33,7 @@ from recray.stages.recommender import (
 from recray.train.log import MetricsLog
 from recray.train.loop import Plan, Progress, fit
 from recray.train.step import MarginCentre, stream_step
-from recray.train.validation import validate
+from recray.train.validation import ValidationRows, validate
 from recray.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 def run(job: Job) -> None:
     """Make or load the model, check that prompts and sharing are exact for it, and fit it."""
     part: Sft = job.part
+    if part.model.quantization == "nf4":
+        require_nf4()
     name = f"sft-{job.fingerprint}"
     start = f"{name}-start"
     catalogue = _write_start(job, start)
@@ -57,7 +62,8 @@ def run(job: Job) -> None:
         job.workspace,
         job.resources,
     )
-    write_fitted(job.out, fitted, job.workspace.folder(".training", start), name)
+    folder = job.workspace.folder(".training", start)
+    write_fitted(job.out, fitted, folder, name, lora=part.lora, base=part.model.path)
     job.out.counts["rows"] = rows
     job.workspace.remove(".training", name)
     job.workspace.remove(".training", start)
@@ -75,34 +81,72 @@ def _write_start(job: Job, name: str) -> Catalogue:
         model = make_model(tokenizer, **shape, seed=job.seed, dtype=dtype)
     else:
         model, tokenizer = load_model(part.model.path, dtype=dtype, trust_remote_code=part.model.trust_remote_code)
-    catalogue = Catalogue.build(labels, tokenizer, template, part.prompt.max_tokens)
+    catalogue = _within_positions(
+        Catalogue.build(labels, tokenizer, template, part.prompt.max_tokens), model, tokenizer
+    )
     check_boundaries(catalogue, tokenizer)
-    _refuse_too_long(catalogue, model)
-    checked = validation_rows(job.workspace, 3, job.seed)
-    error = check_sharing(ItemScorer(model), catalogue, checked.histories, [items[:8] for items in checked.candidates])
-    logger.info("sft: shared prompts give the scores of separate ones, to %.1e nats", error)
+    rows = validation_rows(job.workspace, part.validation_rows, job.seed)
+    error = choose_sharing(
+        ItemScorer(model), catalogue, rows.histories[:3], [items[:8] for items in rows.candidates[:3]]
+    )
+    logger.info("sft: item scores are the model's own, to %.1e nats", error)
     with TemporaryDirectory(prefix="recray-start-") as folder:
         save_model(Path(folder), model, tokenizer, catalogue)
         job.workspace.put_folder(Path(folder), ".training", name)
+    if part.lora is not None:
+        check_targets(model, part.lora)
+        _warn_of_adapter(part.lora, part.model.path)
     job.out.facts |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "longest_item_tokens": int(catalogue.item_lengths.max()),
+        "prompts_shared": catalogue.shares_prompt,
         "sharing_error_nats": error,
+        "longest_prompt_tokens": catalogue.max_prompt_tokens,
+        "share_of_validation_prompts_cut": _share_cut(catalogue, rows),
     }
     return catalogue
 
 
-def _refuse_too_long(catalogue: Catalogue, model: Model) -> None:
-    """Refuse prompts that, with the longest item behind them, leave the positions that the model knows."""
-    known = getattr(model.config, "max_position_embeddings", None)
-    longest = catalogue.max_prompt_tokens + int(catalogue.item_lengths.max())
-    if known is not None and longest > known:
-        raise ConfigError(
-            f"a prompt of sft.prompt.max_tokens={catalogue.max_prompt_tokens} tokens and the longest item make "
-            f"{longest}, more than the {known} positions of the model; lower sft.prompt.max_tokens, or raise "
-            f"sft.model.max_positions where the model is made here"
-        )
+def _within_positions(catalogue: Catalogue, model: Model, tokenizer: Tokenizer) -> Catalogue:
+    """Return the catalogue with prompts short enough that the longest item behind them stays in known positions.
+
+    The oldest items of a history go, never the instruction or the candidates.
+
+    Raises:
+        CatalogueError: if no history would fit.
+    """
+    known, asked = known_positions(model), catalogue.max_prompt_tokens
+    longest_item = int(catalogue.item_lengths.max())
+    if known is None or asked + longest_item <= known:
+        return catalogue
+    room = known - longest_item
+    logger.warning(
+        "sft: prompts are cut to %d tokens, not sft.prompt.max_tokens=%d: the model knows %d positions, and the "
+        "longest item takes %d; the oldest items of a history go",
+        room,
+        asked,
+        known,
+        longest_item,
+    )
+    return Catalogue.build(catalogue.labels, tokenizer, catalogue.template, room)
+
+
+def _share_cut(catalogue: Catalogue, rows: ValidationRows) -> float:
+    """Return the share of prompts that don't hold the whole history their row has."""
+    cut = [
+        catalogue.kept_history(history, items) < history.size
+        for history, items in zip(rows.histories, rows.candidates, strict=True)
+    ]
+    return round(float(np.mean(cut)), 4)
+
+
+def _warn_of_adapter(lora: Lora, path: str | None) -> None:
+    """Say what of these settings is allowed but seldom wise."""
+    if path is None:
+        logger.warning("sft.lora trains an adapter on random weights, as sft.model.path names no model")
+    if lora.dropout > 0:
+        logger.warning("sft.lora.dropout is above 0: losses then depend on how a batch is cut over workers")
 
 
 def make_feed(workspace: Workspace, start: str, part: Sft, seed: int, world_size: int) -> Feed:
@@ -121,7 +165,9 @@ def _work(
     log: MetricsLog,
 ) -> Progress:
     """Fit the model on one rank."""
-    model, catalogue = open_from(workspace, ".training", start)
+    model, catalogue = open_from(workspace, ".training", start, quantization=part.model.quantization)
+    if part.lora is not None:
+        add_adapter(model, part.lora, seed=seed)
     chosen = part.optimiser
     engine = engine_of(model, chosen)
     rows = validation_rows(workspace, part.validation_rows, seed)

@@ -17,8 +17,8 @@ from torch import Tensor
 from recray.config import Objective
 from recray.data.catalogue import Catalogue
 from recray.data.examples import Examples, ExampleShards
-from recray.lm.layout import Layout, candidate_layout, stream_layout
-from recray.lm.scorer import segment_lengths, segments_of
+from recray.lm.layout import Layout
+from recray.lm.scorer import lay_out, lay_out_streams, segment_lengths, segments_of
 from recray.objectives.margins import confidence
 from recray.objectives.sharing import above_threshold, own_only, similarity, top_fraction, usable_negatives
 from recray.train.order import Order, rows_of_step
@@ -233,13 +233,11 @@ def _candidates_or_company(
         return company(catalogue)
     listed = candidates if shown is None else shown
     chosen = ([each[place] for place in own] for each in (histories, candidates, listed))
-    return candidate_layout(segments_of(catalogue, *chosen))
+    return lay_out(catalogue, segments_of(catalogue, *chosen))
 
 
 def _streams_or_company(catalogue: Catalogue, streams: list[ndarray]) -> Layout:
-    if not streams:
-        return company(catalogue)
-    return stream_layout(np.concatenate(streams), np.array([stream.size for stream in streams], dtype=np.int64))
+    return lay_out_streams(catalogue, streams) if streams else company(catalogue)
 
 
 def company(catalogue: Catalogue) -> Layout:
@@ -247,5 +245,4 @@ def company(catalogue: Catalogue) -> Layout:
 
     A rank without rows still passes through the model, as the others' collectives in ZeRO-3 wait for it.
     """
-    tokens = np.array([catalogue.end, catalogue.end], dtype=np.int64)
-    return stream_layout(tokens, np.array([2], dtype=np.int64))
+    return lay_out_streams(catalogue, [np.array([catalogue.end, catalogue.end], dtype=np.int64)])

@@ -32,7 +32,7 @@ class Unit(NamedTuple):
     rows: list[int]  # row ids of the whole global batch, in its order
 
 
-_LAYOUT = Layout._fields[:-1]
+_LAYOUT = tuple(name for name in Layout._fields if name not in ("num_scores", "plain"))
 
 
 def pack_unit(unit: Unit) -> bytes:
@@ -45,7 +45,7 @@ def pack_unit(unit: Unit) -> bytes:
         "step": unit.step,
         "rank": unit.rank,
         "rows": unit.rows,
-        "num_scores": [micro.layout.num_scores for micro in unit.micro_batches],
+        "layouts": [[micro.layout.num_scores, micro.layout.plain] for micro in unit.micro_batches],
     }
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     data: bytes = save(contiguous, metadata={"unit": json.dumps(head)})
@@ -60,9 +60,9 @@ def unpack_unit(data: bytes) -> Unit:
     micro_batches = [
         MicroBatch(
             tensors[f"{number}.places"],
-            Layout(**{name: tensors[f"{number}.{name}"] for name in _LAYOUT}, num_scores=num_scores),
+            Layout(**{name: tensors[f"{number}.{name}"] for name in _LAYOUT}, num_scores=num_scores, plain=plain),
         )
-        for number, num_scores in enumerate(head["num_scores"])
+        for number, (num_scores, plain) in enumerate(head["layouts"])
     ]
     arrays = {name.removeprefix("array."): value for name, value in tensors.items() if name.startswith("array.")}
     return Unit(head["step"], head["rank"], micro_batches, arrays, head["rows"])

@@ -14,8 +14,7 @@ from numpy import ndarray
 
 from recray.data.catalogue import Catalogue
 from recray.distributed.collectives import sum_over_ranks, world
-from recray.lm.layout import candidate_layout
-from recray.lm.scorer import segment_lengths, segments_of, sum_by_slot, to_device
+from recray.lm.scorer import lay_out, segment_lengths, segments_of, sum_by_slot, to_device
 from recray.ranking.metrics import hit_rate, ndcg, ranks, reciprocal_rank
 from recray.train.engine import Engine
 from recray.train.feeding import company
@@ -52,7 +51,7 @@ def _ranks_of(
     """Return the rank of each target; a pass without rows keeps other ranks company."""
     chosen = [rows.candidates[place] for place in places]
     if places.size:
-        layout = candidate_layout(segments_of(catalogue, [rows.histories[p] for p in places], chosen))
+        layout = lay_out(catalogue, segments_of(catalogue, [rows.histories[p] for p in places], chosen))
     else:
         layout = company(catalogue)
     packed = to_device(layout, engine.device)

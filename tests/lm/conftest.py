@@ -20,7 +20,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(training_texts(find_template("titles"), LABELS), 320)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def catalogue(tokenizer: PreTrainedTokenizerBase) -> Catalogue:
     """Twelve items under a plain stream."""
     return Catalogue.build(LABELS, tokenizer, find_template("titles"), 96)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy import ndarray
 
+from recray.lm.attention import visible
 from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, pack, stream_layout
-from recray.lm.scorer import visible
 
 
 def segments(prompts: list[int], candidates: list[list[int]]) -> Segments:
@@ -39,7 +39,7 @@ def alone(ragged: Segments) -> list[tuple[list[int], list[int]]]:
 
 def seen_by(layout: Layout, place: int) -> list[tuple[int, int]]:
     """(position, token) of everything that the token at a flat place attends to, in order of position."""
-    mask = visible(torch.from_numpy(layout.segment), torch.from_numpy(layout.branch)).numpy()
+    mask = visible(*(torch.from_numpy(part) for part in (layout.positions, layout.segment, layout.branch))).numpy()
     row, column = divmod(place, layout.tokens.shape[1])
     keys = np.flatnonzero(mask[row, column])
     return sorted(zip(layout.positions[row, keys].tolist(), layout.tokens[row, keys].tolist(), strict=True))
@@ -116,5 +116,5 @@ def test_nothing_to_read_or_to_score_is_refused(prompts: list[int], own: list[li
 def test_arrays_are_int64(  # torch indexes with nothing narrower
 ) -> None:
     layout = candidate_layout(segments([2, 1], [[1, 2], [3]]))
-    arrays: list[ndarray] = list(layout[:-1])
+    arrays: list[ndarray] = list(layout[:-2])
     assert {array.dtype for array in arrays} == {np.dtype(np.int64)}

@@ -78,12 +78,11 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_a_made_model_has_the_shape_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = make_model(tokenizer, **SHAPE, seed=0, attention="eager")
+    model = make_model(tokenizer, **SHAPE, seed=0)
     config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (16, 2, 2)
     assert (config.intermediate_size, config.max_position_embeddings) == (24, 64)
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
-    assert config._attn_implementation == "eager"
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
 
@@ -227,7 +226,7 @@ def test_a_folder_that_recray_did_not_write_is_no_recommender(folder: Path) -> N
 def test_a_damaged_prompt_file_is_refused(folder: Path, text: str) -> None:
     (folder / load.PROMPT_FILE).write_text(text)
     with pytest.raises(
-        ModelError, match=r"recray_prompt.json(:| is not JSON| lacks fingerprint, max_tokens, template, v)"
+        ModelError, match=r"recray_prompt.json(:| is not JSON| lacks fingerprint, max_tokens, shares_prompt)"
     ):
         load_prompt(folder)
 

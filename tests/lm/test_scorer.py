@@ -7,21 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
 )
 
 from recray.data.catalogue import Catalogue
-from recray.errors import ModelError
 from recray.lm import scorer as scorer_module
 from recray.lm.layout import candidate_layout, stream_layout
 from recray.lm.load import save_model
 from recray.lm.scorer import ItemScorer, groups_by_tokens, load_scorer, score_rows, segments_of, sum_by_slot, to_device
-from recray.lm.selfcheck import check_sharing
 
 Rows = tuple[list[np.ndarray], list[np.ndarray]]
 
@@ -59,43 +53,6 @@ def test_shared_scores_and_gradients_are_those_of_separate_rows(
     theirs = torch.autograd.grad((separate * weight).sum(), parameters)
     difference = global_norm([a - b for a, b in zip(ours, theirs, strict=True)])
     assert difference <= 1e-5 * global_norm(list(theirs))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen2Config(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48
-        ),
-        GPT2Config(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    ],
-)
-def test_other_families_share_exactly(
-    config: object, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Rows
-) -> None:
-    config.vocab_size = len(tokenizer)  # type: ignore[attr-defined]
-    model = AutoModelForCausalLM.from_config(config).eval()
-    assert check_sharing(ItemScorer(model), catalogue, *rows) < 1e-5
-
-
-def test_a_model_that_can_not_share_is_refused(
-    tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Rows
-) -> None:
-    # A window over places in the row, not over positions in the text: candidates push the prompt out of sight.
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=48,
-        sliding_window=8,
-        initializer_range=0.5,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ModelError, match="can't share a prompt"):
-        check_sharing(ItemScorer(model), catalogue, *rows)
 
 
 def test_chunks_of_the_head_change_neither_scores_nor_gradients(
