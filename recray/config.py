@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -107,6 +107,7 @@ class LanguageModel(Part):
     max_positions: Count = 1024
     vocabulary: Count = Field(2048, description="Tokens of the tokenizer trained on the catalogue.")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["none", "nf4"] = Field("none", description="Of the frozen base while sft trains an adapter.")
 
 
 class Prompt(Part):
@@ -116,6 +117,17 @@ class Prompt(Part):
         "titles", description="One of recray.data.prompts."
     )
     max_tokens: Count = Field(512, description="Of the prompt; the oldest items go first.")
+
+
+class Lora(Part):
+    """A low-rank adapter: it is trained, the model under it is frozen."""
+
+    rank: Count = 16
+    alpha: Positive = Field(32.0, description="The adapter's output is scaled by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear", description="All linear layers but the head, or a list of their names."
+    )
 
 
 class Optimiser(Part):
@@ -134,6 +146,7 @@ class Sft(Part):
     """The language model learns the catalogue and the histories."""
 
     model: LanguageModel = LanguageModel()
+    lora: Lora | None = Field(None, description="None: all weights are trained.")
     prompt: Prompt = Prompt()
     optimiser: Optimiser = Optimiser(learning_rate=3e-3)
     global_batch: Count = Field(16, description="Histories a step.")
@@ -156,6 +169,10 @@ class Negatives(Part):
 class Reference(Part):
     """Scores under the frozen SFT model."""
 
+    source: Literal["table", "adapter_off", "frozen_copy"] = Field(
+        "table",
+        description="Scored once, before; or in every step of align, by its model without the adapter, or by a copy.",
+    )
     tokens_per_micro_batch: Count = 16384
 
 
@@ -183,6 +200,7 @@ class Align(Part):
     """Preference optimisation from the SFT model."""
 
     objective: Objective = Objective()
+    lora: Lora | None = Field(None, description="A fresh adapter on sft/model. None: all weights are trained.")
     optimiser: Optimiser = Optimiser(learning_rate=2e-4)
     num_negatives: Count | None = Field(None, description="The first N of those drawn. None: all.")
     global_batch: Annotated[int, Field(ge=2)] = Field(32, description="Users a step; also the sharing pool.")
@@ -258,6 +276,25 @@ class Pipeline(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_have_what_they_need(self) -> Self:
+        if self.reference.source == "adapter_off" and self.align.lora is None:
+            raise ValueError(
+                "reference.source is adapter_off, but align.lora is not set, so there is no adapter to switch off; "
+                "set align.lora.rank=16, or reference.source=table or frozen_copy"
+            )
+        if self.sft.model.quantization == "none":
+            return self
+        for missing, what in (
+            (self.sft.lora is None, "sft.lora: quantised weights can't be trained, an adapter on them can"),
+            (self.sft.model.path is None, "sft.model.path: a model made here has nothing to freeze"),
+            (self.resources.gpus_per_worker == 0, "resources.gpus_per_worker: it runs on CUDA only"),
+            (self.sft.optimiser.zero_stage == 3, "sft.optimiser.zero_stage of 2 or less"),
+        ):
+            if missing:
+                raise ValueError(f"sft.model.quantization is {self.sft.model.quantization}, which needs {what}")
+        return self
+
 
 def override(pipeline: Pipeline, *, file: str | None = None, settings: list[str] | None = None) -> Pipeline:
     """Return `pipeline` with a JSON config file and then `a.b=c` settings laid over it.
@@ -292,8 +329,9 @@ def setting_names(model: type[BaseModel] = Pipeline, prefix: str = "") -> Iterat
     """Yield the dotted name of every setting below `model`, groups included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from setting_names(kind, f"{prefix}{name}.")
 
 
 def _explain(problem: Mapping[str, Any], known: list[str]) -> str:

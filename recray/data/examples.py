@@ -40,7 +40,7 @@ class Examples(NamedTuple):
 def join_examples(
     examples: pa.Table,
     negatives: pa.Table,
-    reference: pa.Table,
+    reference: pa.Table | None,
     vectors: pa.Table,
     met: Mapping[str, ndarray],
 ) -> pa.Table:
@@ -49,7 +49,8 @@ def join_examples(
     Args:
         examples: recray.schema.EXAMPLES.
         negatives: recray.schema.NEGATIVES.
-        reference: recray.schema.REFERENCE; may hold more items a row than are drawn here, in any order.
+        reference: recray.schema.REFERENCE; may hold more items a row than are drawn here, in any order. None: the
+            scores are made in training, and stand as NaN until then.
         vectors: recray.schema.ROW_VECTORS.
         met: For each user id, the sorted items met in training.
 
@@ -62,7 +63,10 @@ def join_examples(
     vector = matrix(aligned(rows, vectors, "user vectors")["vector"])
     negative = matrix(drawn["negatives"])
     items = np.column_stack([examples["target"].to_numpy(), negative]).astype(np.int32)
-    scores = _scores_of(rows, items, aligned(rows, reference, "reference scores"))
+    if reference is None:
+        scores = np.full(items.shape, np.nan, dtype=np.float32)
+    else:
+        scores = _scores_of(rows, items, aligned(rows, reference, "reference scores"))
     user_ids = examples["user_id"].combine_chunks().dictionary_encode()
     known = [met[user] for user in user_ids.dictionary.to_pylist()]
     codes = user_ids.indices.to_numpy().astype(np.int64)

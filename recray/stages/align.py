@@ -17,7 +17,7 @@ def run(job: Job) -> None:
     if job.workspace.exists("ingest", "truth"):
         job.out.facts["known_truth"] = meet_the_truth(setting)
     fitted = run_alignment(setting, job.resources, run=name, name="align")
-    write_fitted(job.out, fitted, job.workspace.folder("sft", "model"), name)
+    write_fitted(job.out, fitted, job.workspace.folder("sft", "model"), name, lora=part.lora, base="sft/model")
     job.out.facts["objective"] = part.objective.model_dump(mode="json")
     job.workspace.remove(".training", name)
     job.workspace.remove(".training", examples)

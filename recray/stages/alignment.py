@@ -19,6 +19,8 @@ from recray.data.examples import (
     write_shards,
 )
 from recray.errors import ConfigError
+from recray.lm.lora import add_adapter
+from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fit, Fitted, RayContext, run_fit
 from recray.stages.recommender import catalogue_from, engine_of, open_from, sft_feed, validation_rows
 from recray.train.audit import known_false_negatives
@@ -27,6 +29,7 @@ from recray.train.feeding import AlignFeed, Share
 from recray.train.log import MetricsLog
 from recray.train.loop import Plan, Progress, fit
 from recray.train.order import Order
+from recray.train.reference import ReferencePass, scores_of_copy, scores_without_adapter
 from recray.train.step import AlignStep, MarginCentre, StepResult, stream_step
 from recray.train.units import Unit
 from recray.train.validation import validate
@@ -44,6 +47,7 @@ class Alignment:
     part: Align
     num_negatives: int
     seed: int
+    reference: str  # recray.config.Reference.source
 
 
 def write_examples(workspace: Workspace, name: str) -> int:
@@ -57,7 +61,7 @@ def write_examples(workspace: Workspace, name: str) -> int:
     table = join_examples(
         train,
         workspace.table("negatives", "train"),
-        workspace.table("reference", "train"),
+        workspace.table("reference", "train") if _reference_source(workspace) == "table" else None,
         workspace.table("users", "train"),
         met,
     )
@@ -77,12 +81,13 @@ def alignment(workspace: Workspace, part: Align, seed: int, examples: str) -> Al
     wanted = part.num_negatives or drawn
     if wanted > drawn:
         raise ConfigError(f"align.num_negatives is {wanted}, but `negatives` drew {drawn}; raise negatives.num")
-    if wanted < drawn and "candidates" in str(workspace.require("sft").part["prompt"]["template"]):
+    source, template = _reference_source(workspace), str(workspace.require("sft").part["prompt"]["template"])
+    if wanted < drawn and source == "table" and "candidates" in template:
         raise ConfigError(
             f"align.num_negatives is {wanted}, but the prompt template shows all {drawn} negatives that were drawn and "
             f"reference scores are under those prompts; set negatives.num={wanted}"
         )
-    return Alignment(workspace, examples, part, wanted, seed)
+    return Alignment(workspace, examples, part, wanted, seed, source)
 
 
 def run_alignment(
@@ -140,15 +145,32 @@ def meet_the_truth(setting: Alignment) -> dict[str, float]:
     )
 
 
+def _reference_source(workspace: Workspace) -> str:
+    return str(workspace.require("reference").part["source"])
+
+
+def _reference_pass(setting: Alignment) -> ReferencePass | None:
+    """Return what scores the reference in every step, or None where the units bring its scores."""
+    if setting.reference == "adapter_off":
+        return scores_without_adapter
+    if setting.reference == "frozen_copy":
+        return scores_of_copy(ItemScorer(open_from(setting.workspace, "sft", "model")[0]))
+    return None
+
+
 def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
     """Fit the model on one rank."""
     workspace, part = setting.workspace, setting.part
     model, catalogue = open_from(workspace, "sft", "model")
+    if part.lora is not None:
+        add_adapter(model, part.lora, seed=setting.seed)
     chosen = part.optimiser
     engine = engine_of(model, chosen)
     rows = validation_rows(workspace, part.validation_rows, setting.seed)
     centre = MarginCentre()
-    step = AlignStep(part.objective, centre) if part.objective.name != "sft" else None
+    step = None
+    if part.objective.name != "sft":
+        step = AlignStep(part.objective, centre, _reference_pass(setting))
 
     def take_step(engine: Engine, unit: Unit, rate: float) -> StepResult:
         if step is None:

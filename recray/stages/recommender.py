@@ -12,14 +12,15 @@ import torch
 from numpy import ndarray
 from safetensors.torch import load_file
 
-from recray.config import Optimiser, Sft
+from recray.config import Lora, Optimiser, Sft
 from recray.data.catalogue import Catalogue
 from recray.data.examples import list_arrays
 from recray.errors import WorkspaceError
 from recray.lm.load import Model, load_model, open_catalogue, open_recommender, save_model, stored_dtype
+from recray.lm.lora import add_adapter, merge_adapter, save_adapter
 from recray.lm.scorer import ItemScorer
 from recray.stages.fitting import Feed, Fitted, log_folder
-from recray.train.engine import Engine, make_engine
+from recray.train.engine import Engine, kept_names, make_engine
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
 from recray.train.order import Order
 from recray.train.validation import ValidationRows
@@ -33,10 +34,10 @@ def labels_of(workspace: Workspace) -> list[str]:
     return labels
 
 
-def open_from(workspace: Workspace, *folder: str) -> tuple[Model, Catalogue]:
+def open_from(workspace: Workspace, *folder: str, quantization: str = "none") -> tuple[Model, Catalogue]:
     """Return the recommender in a folder of the workspace, with the workspace's catalogue."""
     local = workspace.folder(*folder)
-    return open_recommender(local, labels_of(workspace), dtype=stored_dtype(local))
+    return open_recommender(local, labels_of(workspace), dtype=stored_dtype(local), quantization=quantization)
 
 
 def catalogue_from(workspace: Workspace, *folder: str) -> Catalogue:
@@ -109,11 +110,28 @@ def refuse_other_reference(workspace: Workspace) -> None:
         )
 
 
-def write_fitted(out: StageOutput, fitted: Fitted, start: Path, run: str) -> None:
-    """Write a fit's best weights as a recommender's folder like `start`, its metrics, and its TensorBoard events."""
+def write_fitted(
+    out: StageOutput, fitted: Fitted, start: Path, run: str, *, lora: Lora | None = None, base: str | None = None
+) -> None:
+    """Write a fit's best weights as a recommender's folder like `start`, its metrics, and its TensorBoard events.
+
+    Where an adapter was trained, `adapter` is it alone, and `model` the whole with the adapter merged into it.
+
+    Args:
+        out: Gets `model`, `metrics.jsonl`, `tensorboard`, and `adapter` if there is one.
+        fitted: What the run left.
+        start: The recommender that it started from.
+        run: The run's name.
+        lora: The adapter's settings, if one was trained.
+        base: What the adapter's folder says it belongs to.
+    """
     with TemporaryDirectory(prefix="recray-model-") as name:
         folder = Path(name) / "model"
-        write_weights(fitted.weights_file, start, folder)
+        if lora is None:
+            write_weights(fitted.weights_file, start, folder)
+        else:
+            write_adapted(fitted.weights_file, start, folder, Path(name) / "adapter", lora=lora, base=base)
+            out.write_folder("adapter", Path(name) / "adapter")
         out.write_folder("model", folder)
     lines = [json.dumps(line) for line in fitted.metrics]
     out.write_bytes("metrics.jsonl", ("\n".join(lines) + "\n").encode())
@@ -131,6 +149,22 @@ def write_weights(weights_file: Path, start: Path, folder: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     if unexpected or {name.removeprefix("model.") for name in missing} - tied:
         raise RuntimeError(f"{weights_file} does not fit {start}: missing {missing}, unexpected {unexpected}")
+    save_model(folder, model, tokenizer, open_catalogue(start))
+
+
+def write_adapted(
+    weights_file: Path, start: Path, folder: Path, adapter: Path, *, lora: Lora, base: str | None
+) -> None:
+    """Write the adapter of an `ItemScorer` on `start` to `adapter`, and the recommender merged with it to `folder`."""
+    model, tokenizer = load_model(start, dtype=stored_dtype(start))
+    add_adapter(model, lora, seed=0, base=base)  # its weights come from the file
+    scorer = ItemScorer(model)
+    missing, unexpected = scorer.load_state_dict(load_file(weights_file), strict=False)
+    missing = sorted(kept_names(scorer) & set(missing))
+    if unexpected or missing:
+        raise RuntimeError(f"{weights_file} does not fit {start}: missing {missing}, unexpected {unexpected}")
+    save_adapter(adapter, model)
+    merge_adapter(model)
     save_model(folder, model, tokenizer, open_catalogue(start))
 
 

@@ -5,7 +5,7 @@ global count.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,10 +33,13 @@ class Engine(Protocol):
         """Where inputs go."""
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Return every weight whole, on the CPU, tied ones once; a collective, so every rank must call it."""
+        """Return every weight whole, on the CPU, tied ones once; a collective, so every rank must call it.
+
+        Where some weights are frozen, as under an adapter, only the trained ones: the others are in the model's folder.
+        """
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write what a resumed run needs; a collective."""
+        """Write what a resumed run needs, of frozen weights nothing; a collective."""
 
     def load(self, folder: Path, tag: str) -> None:
         """Read it back; a collective."""
@@ -47,6 +50,7 @@ class PlainEngine:
 
     def __init__(self, module: nn.Module, *, weight_decay: float, clip_norm: float) -> None:
         self.module = module
+        self._kept = kept_names(module)
         self._clip_norm = clip_norm
         self._optimiser = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=0.0)
 
@@ -71,30 +75,48 @@ class PlainEngine:
         return float(norm)
 
     def whole_weights(self) -> dict[str, Tensor]:
-        return _distinct_copies(self.module)
+        return _distinct_copies(self.module, self._kept)
 
     def save(self, folder: Path, tag: str) -> None:
         if world()[0] == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {"module": self.module.state_dict(), "optimiser": self._optimiser.state_dict()},
-                folder / f"{tag}.pt",
-            )
+            module = {name: tensor for name, tensor in self.module.state_dict().items() if name in self._kept}
+            torch.save({"module": module, "optimiser": self._optimiser.state_dict()}, folder / f"{tag}.pt")
 
     def load(self, folder: Path, tag: str) -> None:
         state = torch.load(folder / f"{tag}.pt", weights_only=True)
-        self.module.load_state_dict(state["module"])
+        missing, unexpected = self.module.load_state_dict(state["module"], strict=False)
+        if unexpected or self._kept & set(missing):
+            raise RuntimeError(f"{folder} is not of this model: missing {missing}, unexpected {unexpected}")
         self._optimiser.load_state_dict(state["optimiser"])
 
 
 class DeepSpeedEngine:
-    """AdamW under ZeRO 0 to 3."""
+    """AdamW under ZeRO 0 to 3.
+
+    Args:
+        module: With what is to be trained, and only that, requiring gradient.
+        weight_decay: Of matrices.
+        clip_norm: Of the global gradient.
+        zero_stage: What is sharded: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too.
+        bf16: Whether the weights are bfloat16, with float32 ones in the optimiser.
+        zero_settings: More of DeepSpeed's `zero_optimization`.
+    """
 
     def __init__(
-        self, module: nn.Module, *, weight_decay: float, clip_norm: float, zero_stage: int, bf16: bool = False
+        self,
+        module: nn.Module,
+        *,
+        weight_decay: float,
+        clip_norm: float,
+        zero_stage: int,
+        bf16: bool = False,
+        zero_settings: Mapping[str, Any] | None = None,
     ) -> None:
         deepspeed = _import_deepspeed()
         self._world_size = world()[1]
+        self._kept = kept_names(module)
+        self._frozen = any(not p.requires_grad for p in module.parameters())
         engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, weight_decay),
@@ -102,7 +124,7 @@ class DeepSpeedEngine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": clip_norm,
-                "zero_optimization": {"stage": zero_stage},
+                "zero_optimization": {"stage": zero_stage, **(zero_settings or {})},
                 "zero_allow_untested_optimizer": True,
                 "bf16": {"enabled": bf16},
                 "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
@@ -135,14 +157,16 @@ class DeepSpeedEngine:
 
     def whole_weights(self) -> dict[str, Tensor]:
         inner: nn.Module = self._engine.module
-        with _gathered(list(inner.parameters()), stage=self._stage):
-            return _distinct_copies(inner)
+        # The trained ones only: a frozen base need not fit into one process.
+        kept = [p for name, p in inner.named_parameters() if name in self._kept]
+        with _gathered(kept, stage=self._stage):
+            return _distinct_copies(inner, self._kept)
 
     def save(self, folder: Path, tag: str) -> None:
-        self._engine.save_checkpoint(str(folder), tag=tag)
+        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=self._frozen)
 
     def load(self, folder: Path, tag: str) -> None:
-        self._engine.load_checkpoint(str(folder), tag=tag)
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -153,6 +177,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     return groups
+
+
+def kept_names(module: nn.Module) -> frozenset[str]:
+    """Return which names of the module's state checkpoints hold: all, or the trained ones where some are frozen."""
+    if all(p.requires_grad for p in module.parameters()):
+        return frozenset(module.state_dict())
+    return frozenset(name for name, p in module.named_parameters() if p.requires_grad)
 
 
 def make_engine(
@@ -179,21 +210,23 @@ def _import_deepspeed() -> Any:
 
 
 @contextmanager
-def _gathered(parameters: list[Tensor], *, stage: int) -> Iterator[None]:
+def _gathered(parameters: Sequence[Tensor], *, stage: int) -> Iterator[None]:
     if stage < 3:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
 
 
-def _distinct_copies(module: nn.Module) -> dict[str, Tensor]:
-    """Return CPU copies of the module's state, a tied weight once, under the first of its names."""
+def _distinct_copies(module: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
+    """Return CPU copies of these of the module's state, a tied weight once, under the first of its names."""
     kept: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in module.state_dict().items():
+        if name not in names:
+            continue
         key = (tensor.data_ptr(), tensor.shape)
         if key not in seen:
             seen.add(key)

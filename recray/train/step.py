@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from recray.config import Objective
@@ -21,6 +21,7 @@ from recray.lm.scorer import Packed, sum_by_slot, to_device
 from recray.objectives.margins import batch_margin, per_negative_margin
 from recray.objectives.registry import OBJECTIVES, ScoreBatch
 from recray.train.engine import Engine
+from recray.train.reference import ReferencePass
 from recray.train.units import Unit
 
 CENTRE_DECAY = 0.9  # of the moving average that centres the batch margin, as released
@@ -64,10 +65,16 @@ def stream_step(engine: Engine, unit: Unit, *, learning_rate: float) -> StepResu
 
 
 class AlignStep:
-    """Preference optimisation over a global batch, exact however it is cut."""
+    """Preference optimisation over a global batch, exact however it is cut.
 
-    def __init__(self, objective: Objective, centre: MarginCentre) -> None:
-        self._settings, self._centre = objective, centre
+    Args:
+        objective: What is minimised.
+        centre: State of the batch margin.
+        reference: Scores the reference in every step. None: the unit brings its scores, from the table.
+    """
+
+    def __init__(self, objective: Objective, centre: MarginCentre, reference: ReferencePass | None = None) -> None:
+        self._settings, self._centre, self._reference = objective, centre, reference
         self._objective = OBJECTIVES[objective.name]
 
     def __call__(self, engine: Engine, unit: Unit, *, learning_rate: float) -> StepResult:
@@ -75,17 +82,15 @@ class AlignStep:
         reference = torch.from_numpy(unit.arrays["reference"]).to(engine.device)
         packs = [to_device(micro.layout, engine.device) for micro in unit.micro_batches]
         places = [torch.from_numpy(micro.places).to(engine.device) for micro in unit.micro_batches]
+        if self._reference is not None:
+            reference = _of_all_rows(self._reference(engine, packs), places, reference)
         one_pass = len(packs) == 1  # then its graph is kept; else each micro-batch is scored again for its backward
 
         kept: list[Tensor] = []
         for packed in packs:
             with torch.set_grad_enabled(one_pass):
                 kept.append(self._scores(engine, packed))
-        own = torch.zeros(reference.shape, dtype=kept[0].dtype, device=engine.device)
-        for scores, place in zip(kept, places, strict=True):
-            if place.numel():
-                own[place] = scores.detach().view(place.numel(), -1)
-        every = sum_over_ranks(own)  # each row is some rank's own, the others add zero
+        every = _of_all_rows(kept, places, reference)
 
         grad, metrics = self._score_gradient(every, reference, unit)
         for number, (packed, place) in enumerate(zip(packs, places, strict=True)):
@@ -93,7 +98,8 @@ class AlignStep:
             surrogate = (scores * grad[place].view(-1)).sum() if place.numel() else (scores * 0.0).sum()
             engine.backward(surrogate, last=number == len(packs) - 1)
         metrics["grad_norm"] = engine.step(learning_rate)
-        return StepResult(metrics, (1 if one_pass else 2) * sum(_tokens(packed) for packed in packs))
+        passes = (1 if one_pass else 2) + (self._reference is not None)
+        return StepResult(metrics, passes * sum(_tokens(packed) for packed in packs))
 
     @staticmethod
     def _scores(engine: Engine, packed: Packed) -> Float[Tensor, " scores"]:
@@ -159,6 +165,17 @@ class AlignStep:
         sums = torch.stack([value.double().sum() for value in each.values()])
         means = sum_over_ranks(sums) / every.shape[0]
         return dict(zip(each, means.tolist(), strict=True))
+
+
+def _of_all_rows(
+    scores: list[Float[Tensor, " _"]], places: list[Int[Tensor, " _"]], like: Float[Tensor, "G K"]
+) -> Float[Tensor, "G K"]:
+    """Return the scores of the global batch, of which each rank has its own micro-batches'; detached."""
+    own = torch.zeros(like.shape, dtype=scores[0].dtype, device=like.device)
+    for each, place in zip(scores, places, strict=True):
+        if place.numel():
+            own[place] = each.detach().view(place.numel(), -1)
+    return sum_over_ranks(own)  # each row is some rank's own, the others add zero
 
 
 def learning_rate_at(step: int, steps: int, *, peak: float, warmup_fraction: float, final_fraction: float) -> float:

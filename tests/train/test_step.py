@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recray.config import Objective
+from recray.config import Lora, Objective
 from recray.lm.layout import candidate_layout
-from recray.lm.scorer import segments_of, sum_by_slot, to_device
+from recray.lm.lora import add_adapter
+from recray.lm.scorer import ItemScorer, segments_of, sum_by_slot, to_device
 from recray.objectives.margins import per_negative_margin
 from recray.objectives.napo import napo_loss
 from recray.objectives.sdpo import sdpo_loss
 from recray.train.feeding import AlignFeed, Share, StreamFeed, windows_of
 from recray.train.order import Order, rows_of_step
+from recray.train.reference import scores_of_copy, scores_without_adapter
 from recray.train.step import AlignStep, MarginCentre, learning_rate_at, stream_step
 
 ORDER = Order(num_rows=24, global_batch=9, seed=5)
@@ -36,7 +38,7 @@ class Recorder:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        self.gradients = [p.grad.clone() for p in self.module.parameters()]
+        self.gradients = [p.grad.clone() for p in self.module.parameters() if p.requires_grad]
         self.module.zero_grad()
         return learning_rate
 
@@ -166,3 +168,51 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     warm = [learning_rate_at(step, 100, peak=1.0, warmup_fraction=0.1, final_fraction=0.0) for step in range(12)]
     assert warm[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
     assert warm[10] == 1.0
+
+
+def adapted(world: Any, dropout: float = 0.0) -> ItemScorer:
+    """The model with an adapter that has moved away from where it started."""
+    scorer = world.scorer()
+    add_adapter(scorer.model, Lora(rank=3, dropout=dropout), seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return scorer
+
+
+@pytest.mark.parametrize("share", [Share(1, 10**6), Share(1, 10**6, 3)])
+def test_table_adapter_off_and_frozen_copy_are_one_reference(world: Any, share: Share) -> None:
+    objective = Objective(beta=0.5)
+    found = []
+    for reference in (None, scores_without_adapter, scores_of_copy(world.scorer())):
+        engine = Recorder(adapted(world))
+        unit = feed_of(world, share, objective).unit(1, 0)
+        if reference is not None:
+            unit.arrays["reference"][:] = np.nan
+        result = AlignStep(objective, MarginCentre(), reference)(engine, unit, learning_rate=0.0)
+        assert result.metrics["kl"] > 1e-3
+        found.append((result.metrics, engine.gradients))
+    for metrics, gradients in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=1e-5, abs=1e-5)
+        assert relative_error(gradients, found[0][1]) < 1e-5
+
+
+def test_dropout_in_training_does_not_touch_the_reference(world: Any) -> None:
+    scorer = adapted(world, dropout=0.5)
+    for layer in scorer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    expected = world.scorer().eval()
+    examples = world.shards.take(rows_of_step(ORDER, 0))
+    packed = to_device(candidate_layout(segments_of(world.catalogue, examples.histories, list(examples.items))), "cpu")
+    with torch.no_grad():
+        right = sum_by_slot(expected(packed), packed)
+        dropped = [sum_by_slot(scorer.train()(packed), packed) for _ in range(2)]
+    assert not torch.allclose(*dropped)
+    copy = world.scorer().train()
+    for reference in (scores_without_adapter, scores_of_copy(copy)):
+        (scores,) = reference(Recorder(scorer.train()), [packed])
+        torch.testing.assert_close(scores, right, atol=1e-5, rtol=0)
+        assert scorer.training
+        assert not scores.requires_grad
