@@ -122,7 +122,8 @@ def dense_masks(
         hidden = ~visible(positions, segment, branch, window)[:, None]
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
-    return _by_type(form, mask)
+    masks: Masks = _by_type(form, mask)
+    return masks
 
 
 def block_masks(
@@ -151,7 +152,8 @@ def block_masks(
         )
         return made
 
-    return _by_type(form, mask)
+    masks: Masks = _by_type(form, mask)
+    return masks
 
 
 def use_flex(model: nn.Module) -> bool:
@@ -217,10 +219,11 @@ def _flex_forward(
 
 def _eager_flex(*tensors: Tensor, **options: Any) -> Tensor:
     """Run without compiling, as where there is no GPU: all logits are made, and there is no backward."""
+    attend: Callable[..., Any] = flex_attention
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
-        out: Tensor = flex_attention(*tensors, **options)
-        return out
+        attended: Tensor = attend(*tensors, **options)
+    return attended
 
 
 @functools.cache

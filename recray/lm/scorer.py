@@ -19,7 +19,8 @@ from recray.lm.attention import BLOCK, FLEX, block_masks, dense_masks, mask_form
 from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, one_a_row, separate_layout, stream_layout
 from recray.lm.load import open_recommender, stored_dtype
 
-LOGITS_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
+LOGITS_KEPT = 2**24  # so many are kept for backward, 64 MiB in float32; more are made again,
+LOGITS_AT_ONCE = 2**22  # in chunks of so many
 
 Scorer = Callable[[list[ndarray], list[ndarray]], list[ndarray]]
 
@@ -41,8 +42,8 @@ class Packed(NamedTuple):
 class ItemScorer(nn.Module):
     """A causal language model that returns log-probabilities of scored tokens only.
 
-    The head is applied where an item's token is predicted and nowhere else, in chunks whose logits are made again in
-    backward: logits of [rows, tokens, vocabulary] never exist.
+    The head is applied where an item's token is predicted and nowhere else; where that is more than `LOGITS_KEPT`
+    logits, in chunks whose logits are made again in backward. Logits of [rows, tokens, vocabulary] never exist.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,9 +57,9 @@ class ItemScorer(nn.Module):
     def forward(self, packed: Packed) -> Float[Tensor, " S"]:
         """Return log pi(label | everything it may see), in nats, float32 or wider, one a scored token."""
         hidden = self.hidden(packed)
-        chunk = max(1, LOGITS_AT_ONCE // self._vocabulary)
-        if packed.source.numel() <= chunk:
+        if packed.source.numel() * self._vocabulary <= LOGITS_KEPT:
             return self._log_probability(hidden, packed.label)
+        chunk = max(1, LOGITS_AT_ONCE // self._vocabulary)
         pieces = zip(torch.split(hidden, chunk), torch.split(packed.label, chunk), strict=True)
         if not torch.is_grad_enabled():
             return torch.cat([self._log_probability(h, y) for h, y in pieces])
@@ -101,15 +102,26 @@ class ItemScorer(nn.Module):
 def _in_blocks(packed: Packed) -> Packed:
     """Return the layout with rows padded to whole blocks, so that few widths are ever compiled."""
     extra = -packed.tokens.shape[1] % BLOCK
-    fill = {"tokens": 0, "positions": 0, "segment": PADDING, "branch": 0}
-    wider = {name: nn.functional.pad(getattr(packed, name), (0, extra), value=value) for name, value in fill.items()}
-    return packed._replace(**wider)
+
+    def wider(tensor: Tensor, fill: int) -> Tensor:
+        return nn.functional.pad(tensor, (0, extra), value=fill)
+
+    return packed._replace(
+        tokens=wider(packed.tokens, 0),
+        positions=wider(packed.positions, 0),
+        segment=wider(packed.segment, PADDING),
+        branch=wider(packed.branch, 0),
+    )
 
 
 def sum_by_slot(log_probability: Float[Tensor, " S"], packed: Packed) -> Float[Tensor, " scores"]:
-    """Return one score a candidate (or stream): the sum over its tokens, in nats."""
-    zeros = log_probability.new_zeros(packed.num_scores)
-    return zeros.index_add(0, packed.slot, log_probability)
+    """Return one score a candidate (or stream): the sum over its tokens, in nats, float64.
+
+    float64, as ten tokens make a score near -90 nats, of which float32 keeps 8e-6, and it is differences of scores that
+    are learnt from.
+    """
+    wide = log_probability.double()
+    return wide.new_zeros(packed.num_scores).index_add(0, packed.slot, wide)
 
 
 def to_device(layout: Layout, device: torch.device | str) -> Packed:

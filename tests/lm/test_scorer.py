@@ -26,7 +26,7 @@ def alone(model: PreTrainedModel, catalogue: Catalogue, history: np.ndarray, ite
     tokens = torch.from_numpy(np.concatenate([prompt, own]).astype(np.int64))[None]
     log_probability = model(input_ids=tokens).logits[0].float().log_softmax(dim=1)
     places = torch.arange(len(prompt) - 1, tokens.shape[1] - 1)
-    return log_probability[places, tokens[0, len(prompt) :]].sum()
+    return log_probability[places, tokens[0, len(prompt) :]].double().sum()
 
 
 def shared(scorer: ItemScorer, catalogue: Catalogue, rows: Rows) -> Tensor:
@@ -62,6 +62,7 @@ def test_chunks_of_the_head_change_neither_scores_nor_gradients(
     parameters = list(model.parameters())
     whole = shared(scorer, catalogue, rows)
     gradients = torch.autograd.grad(whole.square().sum(), parameters)
+    monkeypatch.setattr(scorer_module, "LOGITS_KEPT", 0)
     monkeypatch.setattr(scorer_module, "LOGITS_AT_ONCE", 3 * len(model.get_input_embeddings().weight))
     chunked = shared(scorer, catalogue, rows)
     again = torch.autograd.grad(chunked.square().sum(), parameters)
