@@ -187,7 +187,7 @@ def gpu_row(name: str, num_negatives: int, repeats: int, *, saving: bool) -> dic
     model: Any = made(config, dtype=torch.bfloat16, device="cuda")
     attention = attend_fast(model, "cuda")
     if saving:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     row = compared(model, num_negatives, 512, repeats, "cuda")
     parameters = sum(p.numel() for p in model.parameters())

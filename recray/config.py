@@ -140,6 +140,9 @@ class Optimiser(Part):
     clip_norm: Positive = 1.0
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO.")
     engine: Literal["deepspeed", "plain"] = "deepspeed"
+    gradient_checkpointing: bool = Field(
+        False, description="Layers are run again in backward: a third more time, memory of one layer."
+    )
 
 
 class Sft(Part):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recray.data.catalogue import Catalogue
+from recray.errors import DataError
 from recray.lm.attention import BLOCK, FLEX, block_masks, dense_masks, mask_form
 from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, one_a_row, separate_layout, stream_layout
 from recray.lm.load import open_recommender, stored_dtype
@@ -144,7 +145,11 @@ def segments_of(
 
     A template that shows candidates shows `shown` (else the candidates themselves) by rising item number, which is a
     seeded shuffle: the place in the list says nothing of which one is the positive.
+
+    Raises:
+        DataError: if a row names an item that the catalogue lacks, or has no candidates; with the row's place.
     """
+    _refuse_unknown(catalogue, histories, candidates)
     listed = candidates if shown is None else shown
     prompts = [catalogue.prompt(history, np.sort(items)) for history, items in zip(histories, listed, strict=True)]
     tokens, lengths = catalogue.items(np.concatenate(candidates))
@@ -155,6 +160,19 @@ def segments_of(
         candidate_lengths=np.asarray(lengths, dtype=np.int64),
         candidates_each=np.array([items.size for items in candidates], dtype=np.int64),
     )
+
+
+def _refuse_unknown(catalogue: Catalogue, histories: list[ndarray], candidates: list[ndarray]) -> None:
+    for row, (history, items) in enumerate(zip(histories, candidates, strict=True)):
+        if not items.size:
+            raise DataError(f"row {row} of those to score has no candidates; give every row at least one")
+        for what, named in (("history", history), ("candidates", items)):
+            if named.size and not 0 <= named.min() <= named.max() < catalogue.num_items:
+                strange = named[(named < 0) | (named >= catalogue.num_items)][0]
+                raise DataError(
+                    f"row {row} of those to score has item {strange} in its {what}, but the catalogue has items 0 to "
+                    f"{catalogue.num_items - 1}; use the tables of the run that made this model"
+                )
 
 
 def lay_out(catalogue: Catalogue, segments: Segments) -> Layout:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,8 @@ from recray.train.order import Order
 from recray.train.validation import ValidationRows
 from recray.workspace import StageOutput, Workspace
 
+logger = logging.getLogger(__name__)
+
 
 def labels_of(workspace: Workspace) -> list[str]:
     """Return the items' labels in item order."""
@@ -47,6 +50,8 @@ def catalogue_from(workspace: Workspace, *folder: str) -> Catalogue:
 
 def engine_of(model: Model, optimiser: Optimiser) -> Engine:
     """Return the engine that trains this model as the settings say."""
+    if optimiser.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return make_engine(
         ItemScorer(model),
         kind=optimiser.engine,
@@ -107,6 +112,16 @@ def refuse_other_reference(workspace: Workspace) -> None:
     if scored_by != model:
         raise WorkspaceError(
             f"reference scores were made by {scored_by}, but sft/model is {model}; run `recray reference` again"
+        )
+
+
+def warn_of_dropout(stage: str, lora: Lora | None) -> None:
+    """Say that an adapter's dropout gives up what holds without it."""
+    if lora is not None and lora.dropout > 0:
+        logger.warning(
+            "%s.lora.dropout is %g; at 0 loss and gradient are the same on any number of workers, above they are not",
+            stage,
+            lora.dropout,
         )
 
 
