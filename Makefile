@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Alone on the machine, or its times mean nothing.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_scoring --out benchmarks/results
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -48,6 +48,7 @@ GPU_SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "heads": (12, 2)},
 }
 GPU_VOCABULARY = 151_936
+GPU_PROMPT = 512  # tokens
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16, dense
 
 
@@ -172,29 +173,29 @@ def gpu_rows(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def gpu_row(name: str, num_negatives: int, repeats: int, *, saving: bool) -> dict[str, Any]:
-    """Measure one shape on the GPU."""
+def gpu_row(name: str, num_negatives: int, repeats: int, *, saving: bool, device: str = "cuda") -> dict[str, Any]:
+    """Measure one shape in bf16."""
     shape = {key: value for key, value in GPU_SHAPES[name].items() if key != "heads"}
     heads, groups = GPU_SHAPES[name]["heads"]
     config = Qwen2Config(
-        **shape,
-        vocab_size=GPU_VOCABULARY,
+        **({"vocab_size": GPU_VOCABULARY, "max_position_embeddings": 4096} | shape),
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-    model: Any = made(config, dtype=torch.bfloat16, device="cuda")
-    attention = attend_fast(model, "cuda")
+    model: Any = made(config, dtype=torch.bfloat16, device=device)
+    attention = attend_fast(model, device)
     if saving:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-    row = compared(model, num_negatives, 512, repeats, "cuda")
+    row = compared(model, num_negatives, GPU_PROMPT, repeats, device)
     parameters = sum(p.numel() for p in model.parameters())
-    tokens = tokens_passed(users(1, prompt_tokens=512, num_negatives=num_negatives, vocabulary=GPU_VOCABULARY))
+    tokens = tokens_passed(
+        users(1, prompt_tokens=GPU_PROMPT, num_negatives=num_negatives, vocabulary=config.vocab_size)
+    )
     per_second = tokens["shared"] / (row["shared_ms"] / 1000)
-    device = torch.cuda.get_device_name()
-    peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in device), None)
+    kind = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in kind), None)
     return {
         "shape": name,
         "attention": attention,
