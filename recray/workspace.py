@@ -7,6 +7,7 @@ WORKSPACE/
   STAGE/model/              a Hugging Face folder
   .partial/STAGE/           a stage at work; moved into place when whole, removed when it fails
   .training/STAGE-PRINT/    checkpoints of a fit under way
+  .cache/reference/PRINT/   scores of one model for one set of rows, in files that are only ever added; may be removed
 """
 
 import hashlib
@@ -102,6 +103,14 @@ class Workspace:
         self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
         with self.fs.open_output_stream(path) as stream:
             stream.write(value)
+
+    def put_table(self, table: pa.Table, *parts: str) -> None:
+        """Write a Parquet file, whole or not at all, making its folder."""
+        *folder, name = parts
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(sink.getvalue().to_pybytes(), *folder, f".partial-{name}")
+        self.fs.move(self.path(*folder, f".partial-{name}"), self.path(*parts))
 
     def folder(self, *parts: str) -> Path:
         """Return a local copy of a folder; the folder itself where the workspace is local."""

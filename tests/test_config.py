@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from recray.config import Pipeline, override, setting_names, validated
+from recray.config import Lora, Pipeline, override, setting_names, validated
 from recray.errors import ConfigError
 
 PIPELINE = Pipeline(name="test")
@@ -44,6 +44,38 @@ def test_a_setting_is_read_as_json_else_as_text(setting: str, path: tuple[str, .
     for step in path:
         found = getattr(found, step)
     assert found == value
+
+
+def test_an_adapters_settings_lie_below_none() -> None:
+    assert override(PIPELINE, settings=["align.lora.rank=4"]).align.lora == Lora(rank=4)
+    named = override(PIPELINE, settings=['sft.lora.target_modules=["q_proj"]', "sft.lora.dropout=0.1"])
+    assert named.sft.lora == Lora(target_modules=("q_proj",), dropout=0.1)
+    assert override(named, settings=["sft.lora=null"]) == PIPELINE
+    assert "align.lora.rank" in set(setting_names())
+
+
+NF4 = ["sft.model.quantization=nf4", "sft.lora.rank=8", "sft.model.path=x", "resources.gpus_per_worker=1"]
+
+
+def test_a_base_may_be_quantised_under_an_adapter_on_a_gpu() -> None:
+    assert override(PIPELINE, settings=NF4).sft.model.quantization == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["reference.source=adapter_off"], "align.lora is not set"),
+        ([*NF4, "sft.lora=null"], "which needs sft.lora"),
+        ([*NF4, "sft.model.path=null"], "which needs sft.model.path"),
+        ([*NF4, "resources.gpus_per_worker=0"], "which needs resources.gpus_per_worker"),
+        ([*NF4, "sft.optimiser.zero_stage=3"], "zero_stage of 2 or less"),
+        (["sft.lora.target_modules=[]"], "at least 1 item"),
+        (["sft.lora.ranks=3"], "sft.lora.ranks: unknown setting; the nearest is sft.lora.rank"),
+    ],
+)
+def test_adapters_without_what_they_need_are_refused(settings: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        override(PIPELINE, settings=settings)
 
 
 def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
@@ -88,9 +120,10 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, word: str) -> N
 
 
 def test_every_setting_that_is_named_can_be_set() -> None:
+    with_adapters = override(PIPELINE, settings=["sft.lora.rank=16", "align.lora.rank=16"])
     tree = PIPELINE.model_dump(mode="json")
     for name in setting_names():
-        found = tree
+        found = with_adapters.model_dump(mode="json")
         for step in name.split("."):
             found = found[step]
     assert validated(json.loads(json.dumps(tree))) == PIPELINE

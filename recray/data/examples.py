@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from recray.errors import DataError
@@ -159,24 +159,40 @@ def aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
     return table.take(pa.array(order[place])).combine_chunks()
 
 
-def _scores_of(rows: Int[ndarray, " R"], items: Int[ndarray, "R K"], reference: pa.Table) -> Float[ndarray, "R K"]:
-    """Return the reference score of each (row, item), found by item and never by position."""
+def find_scores(
+    rows: Int[ndarray, " R"], items: Int[ndarray, "R K"], reference: pa.Table
+) -> tuple[Float[ndarray, "R K"], Bool[ndarray, "R K"]]:
+    """Return the score of each (row, item), found by both and never by position, and whether there is one (else NaN).
+
+    Args:
+        rows: Row ids.
+        items: Those asked for.
+        reference: recray.schema.REFERENCE; rows in any order, and as often as they like with other items.
+    """
     lists = reference["items"].combine_chunks()
-    owner = pc.list_parent_indices(lists).to_numpy()
-    width = max(int(items.max(initial=0)), pc.max(lists.flatten()).as_py() or 0) + 1
-    have = owner * width + lists.flatten().to_numpy()
-    want = np.arange(rows.size)[:, None] * width + items
+    have_item = list_values(lists)
+    if not have_item.size:
+        return np.full(items.shape, np.nan, dtype=np.float32), np.zeros(items.shape, dtype=bool)
+    owner = reference["row"].to_numpy()[pc.list_parent_indices(lists).to_numpy()]
+    width = max(int(items.max(initial=0)), int(have_item.max())) + 1
+    have = owner * width + have_item
+    want = rows[:, None] * width + items
     order = np.argsort(have, kind="stable")
-    place = np.minimum(np.searchsorted(have, want, sorter=order), have.size - 1)
-    found = order[place]
-    wrong = have[found] != want
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
+    place = order[np.minimum(np.searchsorted(have, want, sorter=order), have.size - 1)]
+    found = have[place] == want
+    scores = list_values(reference["scores"].combine_chunks())[place]
+    return np.where(found, scores, np.nan).astype(np.float32), found
+
+
+def _scores_of(rows: Int[ndarray, " R"], items: Int[ndarray, "R K"], reference: pa.Table) -> Float[ndarray, "R K"]:
+    """Return the reference score of each (row, item); raise `DataError` naming one that is missing."""
+    scores, found = find_scores(rows, items, reference)
+    if not found.all():
+        row, column = np.argwhere(~found)[0]
         raise DataError(
             f"reference scores: row {rows[row]} has none for item {items[row, column]}; run `reference` again"
         )
-    scores: ndarray = reference["scores"].combine_chunks().flatten().to_numpy()[found]
-    return scores.astype(np.float32)
+    return scores
 
 
 def matrix(column: pa.ChunkedArray) -> ndarray:
@@ -187,6 +203,12 @@ def matrix(column: pa.ChunkedArray) -> ndarray:
     flat = lists.flatten().to_numpy(zero_copy_only=False)
     rows: ndarray = flat.reshape(len(lists), -1).copy() if len(lists) else flat.reshape(0, 0)
     return rows
+
+
+def list_values(lists: pa.ListArray) -> ndarray:
+    """Return the values of all lists, one after the other."""
+    values: ndarray = lists.flatten().to_numpy(zero_copy_only=False)
+    return values
 
 
 def list_arrays(column: pa.ChunkedArray) -> list[ndarray]:

@@ -3,13 +3,14 @@
 from recray.config import Align
 from recray.stages.alignment import alignment, meet_the_truth, run_alignment, write_examples
 from recray.stages.flow import Job
-from recray.stages.recommender import refuse_other_reference, write_fitted
+from recray.stages.recommender import refuse_other_reference, warn_of_dropout, write_fitted
 
 
 def run(job: Job) -> None:
     """Join the examples, fit the model, write the best weights."""
     part: Align = job.part
     refuse_other_reference(job.workspace)
+    warn_of_dropout("align", part.lora)
     name = f"align-{job.fingerprint}"
     examples = f"{name}-examples"
     setting = alignment(job.workspace, part, job.seed, examples)

@@ -56,6 +56,7 @@ class Job:
     out: StageOutput
     fingerprint: str
     pipeline: Pipeline  # for the report and for the search, which lay settings over it; others read `part`
+    forced: bool = False  # asked for although it may be up to date: nothing kept from before counts
 
 
 def run_stages(
@@ -103,6 +104,7 @@ class _Due(NamedTuple):
     inputs: dict[str, str]
     fingerprint: str
     reason: str
+    forced: bool
 
 
 def _due(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool) -> _Due | None:
@@ -115,7 +117,7 @@ def _due(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool)
     if done is not None and done.fingerprint == print_now and not force:
         logger.info("%s: up to date (%s), skipped", stage.name, print_now)
         return None
-    return _Due(settings, inputs, print_now, _reason(done, settings, inputs, force=force))
+    return _Due(settings, inputs, print_now, _reason(done, settings, inputs, force=force), force)
 
 
 def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due) -> None:
@@ -133,6 +135,7 @@ def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due
                 out,
                 due.fingerprint,
                 pipeline,
+                due.forced,
             )
         )
     done = workspace.require(stage.name)

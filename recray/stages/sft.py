@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from recray.config import Lora, Sft
+from recray.config import Sft
 from recray.data.catalogue import Catalogue, check_boundaries
 from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
@@ -28,6 +28,7 @@ from recray.stages.recommender import (
     sft_feed,
     sft_rows,
     validation_rows,
+    warn_of_dropout,
     write_fitted,
 )
 from recray.train.log import MetricsLog
@@ -95,7 +96,9 @@ def _write_start(job: Job, name: str) -> Catalogue:
         job.workspace.put_folder(Path(folder), ".training", name)
     if part.lora is not None:
         check_targets(model, part.lora)
-        _warn_of_adapter(part.lora, part.model.path)
+        warn_of_dropout("sft", part.lora)
+        if part.model.path is None:
+            logger.warning("sft.lora trains an adapter on random weights, as sft.model.path names no model")
     job.out.facts |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
@@ -139,14 +142,6 @@ def _share_cut(catalogue: Catalogue, rows: ValidationRows) -> float:
         for history, items in zip(rows.histories, rows.candidates, strict=True)
     ]
     return round(float(np.mean(cut)), 4)
-
-
-def _warn_of_adapter(lora: Lora, path: str | None) -> None:
-    """Say what of these settings is allowed but seldom wise."""
-    if path is None:
-        logger.warning("sft.lora trains an adapter on random weights, as sft.model.path names no model")
-    if lora.dropout > 0:
-        logger.warning("sft.lora.dropout is above 0: losses then depend on how a batch is cut over workers")
 
 
 def make_feed(workspace: Workspace, start: str, part: Sft, seed: int, world_size: int) -> Feed:

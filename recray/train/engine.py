@@ -7,6 +7,7 @@ global count.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -163,7 +164,12 @@ class DeepSpeedEngine:
             return _distinct_copies(inner, self._kept)
 
     def save(self, folder: Path, tag: str) -> None:
-        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=self._frozen)
+        # DeepSpeed leaves frozen weights out under the first of their names only: a head tied to the embeddings stays.
+        drop = self._engine.module.register_state_dict_post_hook(partial(_drop_others, self._kept))
+        try:
+            self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=self._frozen)
+        finally:
+            drop.remove()
 
     def load(self, folder: Path, tag: str) -> None:
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
@@ -207,6 +213,12 @@ def _import_deepspeed() -> Any:
     if deepspeed.__version__.startswith("0.19.") and not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _drop_others(names: frozenset[str], _module: nn.Module, state: dict[str, Any], _prefix: str, _more: Any) -> None:
+    """Remove from a module's state all but these."""
+    for name in state.keys() - names:
+        del state[name]
 
 
 @contextmanager

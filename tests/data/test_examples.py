@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from recray import schema
-from recray.data.examples import ExampleShards, join_examples, met_in_training, write_shards
+from recray.data.examples import ExampleShards, find_scores, join_examples, met_in_training, write_shards
 from recray.errors import DataError
 
 ROWS = 7
@@ -37,6 +37,22 @@ def joined(found: dict[str, pa.Table]) -> pa.Table:
     histories = pa.table([[0, 1], ["u0", "u3"], [[5, 3], [90]]], schema=schema.HISTORIES)
     met = met_in_training(histories, found["examples"])
     return join_examples(found["examples"], found["negatives"], found["reference"], found["vectors"], met)
+
+
+def test_scores_are_found_by_row_and_item_in_any_file_and_order() -> None:
+    first = pa.table([[7, 3], [[4, 1], [2]], [[0.74, 0.71], [0.32]]], schema=schema.REFERENCE)
+    second = pa.table([[3, 7], [[4], [9]], [[0.34], [0.79]]], schema=schema.REFERENCE)
+    rows, items = np.array([3, 7, 5]), np.array([[4, 1, 2], [9, 2, 1], [4, 1, 2]])
+    scores, found = find_scores(rows, items, pa.concat_tables([first, second]))
+    assert found.tolist() == [[True, False, True], [True, False, True], [False, False, False]]
+    np.testing.assert_array_equal(scores[found], np.array([0.34, 0.32, 0.79, 0.71], dtype=np.float32))
+    assert np.isnan(scores[~found]).all()
+    assert not find_scores(rows, items, schema.REFERENCE.empty_table())[1].any()
+
+
+def test_without_a_table_scores_are_nan_until_training_makes_them() -> None:
+    table = joined({**tables(), "reference": None})
+    assert np.isnan(np.array(table["reference"].to_pylist())).all()
 
 
 def test_met_is_everything_in_any_training_row_of_the_user() -> None:

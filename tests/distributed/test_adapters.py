@@ -14,13 +14,11 @@ from recray.lm.load import load_model, open_recommender
 from recray.lm.lora import add_adapter, load_adapter, merge_adapter, save_adapter
 from recray.lm.scorer import ItemScorer, score_rows
 
-SOURCES = ("table", "adapter_off", "frozen_copy")
 # ENGINE:ZERO:MICRO:REFERENCE
 SETTINGS = [
-    *(f"plain:0:3:{source}" for source in SOURCES),
-    *("deepspeed:0:1:adapter_off", "deepspeed:1:1:table", "deepspeed:1:3:adapter_off", "deepspeed:2:3:adapter_off"),
-    *(f"deepspeed:3:{cut}:{source}" for cut, source in ((1, "table"), (1, "adapter_off"), (3, "frozen_copy"))),
-    "deepspeed:3:3:adapter_off",
+    *("plain:0:1:frozen_copy", "plain:0:3:adapter_off"),
+    *("deepspeed:0:1:adapter_off", "deepspeed:1:1:table", "deepspeed:2:3:adapter_off"),
+    *("deepspeed:3:1:adapter_off", "deepspeed:3:3:frozen_copy"),
 ]
 ONE = "1-plain-0-1-table.safetensors"
 
@@ -28,14 +26,14 @@ ONE = "1-plain-0-1-table.safetensors"
 @pytest.fixture(scope="module")
 def trained(folder: Path, run_group: Callable[[str, int, list[str]], None]) -> Path:
     """The folder with the adapters that every setting trained."""
-    run_group("adapter_worker.py", 1, ["plain:0:1:table", "plain:0:1:adapter_off", "plain:0:1:frozen_copy"])
+    run_group("adapter_worker.py", 1, ["plain:0:1:table"])
     run_group("adapter_worker.py", 2, SETTINGS)
     return folder
 
 
-@pytest.mark.parametrize("name", [f"1:plain:0:1:{source}" for source in SOURCES[1:]] + [f"2:{own}" for own in SETTINGS])
-def test_every_reference_and_engine_trains_the_adapter_of_one_process(trained: Path, name: str) -> None:
-    one, other = load_file(trained / ONE), load_file(trained / f"{name.replace(':', '-')}.safetensors")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_reference_and_engine_trains_the_adapter_of_one_process(trained: Path, setting: str) -> None:
+    one, other = load_file(trained / ONE), load_file(trained / f"2-{setting.replace(':', '-')}.safetensors")
     assert one.keys() == other.keys()
     assert all(".lora_" in weight or weight == "metrics" for weight in other)
     np.testing.assert_allclose(other.pop("metrics"), one.pop("metrics"), rtol=2e-4, atol=2e-5)
@@ -45,7 +43,7 @@ def test_every_reference_and_engine_trains_the_adapter_of_one_process(trained: P
 
 
 def test_checkpoints_hold_nothing_of_the_frozen_base(trained: Path) -> None:
-    for setting in ("plain:0:3:table", "deepspeed:1:1:table", "deepspeed:3:1:table"):
+    for setting in ("plain:0:3:adapter_off", "deepspeed:1:1:table", "deepspeed:3:1:adapter_off"):
         checkpoint = trained / f"2-{setting.replace(':', '-')}-checkpoint"
         files = [file for file in checkpoint.rglob("*.pt") if "optim" not in file.name]
         assert files

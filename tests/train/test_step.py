@@ -201,7 +201,8 @@ def test_table_adapter_off_and_frozen_copy_are_one_reference(world: Any, share: 
 
 def test_dropout_in_training_does_not_touch_the_reference(world: Any) -> None:
     scorer = adapted(world, dropout=0.5)
-    for layer in scorer.model.model.layers:
+    copy = world.scorer().train()
+    for layer in (*scorer.model.model.layers, *copy.model.model.layers):
         layer.self_attn.attention_dropout = 0.5
     expected = world.scorer().eval()
     examples = world.shards.take(rows_of_step(ORDER, 0))
@@ -210,7 +211,6 @@ def test_dropout_in_training_does_not_touch_the_reference(world: Any) -> None:
         right = sum_by_slot(expected(packed), packed)
         dropped = [sum_by_slot(scorer.train()(packed), packed) for _ in range(2)]
     assert not torch.allclose(*dropped)
-    copy = world.scorer().train()
     for reference in (scores_without_adapter, scores_of_copy(copy)):
         (scores,) = reference(Recorder(scorer.train()), [packed])
         torch.testing.assert_close(scores, right, atol=1e-5, rtol=0)
