@@ -1,6 +1,7 @@
 """The ordered feed, and the stages that train, on a real local Ray."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from recray.config import Pipeline, override
 from recray.errors import WorkspaceError
 from recray.lm.layout import stream_layout
+from recray.lm.lora import load_adapter
+from recray.lm.scorer import ItemScorer, score_rows
 from recray.stages.alignment import alignment
 from recray.stages.fitting import unit_dataset
 from recray.stages.flow import run_stages
-from recray.stages.recommender import open_from
+from recray.stages.recommender import open_from, validation_rows
 from recray.stages.tune import trials_at_once
 from recray.train.units import MicroBatch, Unit, unpack_unit
 from recray.workspace import Workspace
@@ -82,8 +85,6 @@ def test_sft_learns_and_keeps_the_best_weights(aligned: Workspace) -> None:
 
 
 def test_reference_scores_are_those_of_the_sft_model(aligned: Workspace) -> None:
-    from recray.lm.scorer import ItemScorer, score_rows
-
     table = aligned.table("reference", "train").sort_by("row")
     examples = aligned.table("sequences", "train").sort_by("row")
     assert table.num_rows == examples.num_rows
@@ -122,6 +123,39 @@ def test_two_workers_under_zero_3_end_where_one_without_zero_does(aligned: Works
     for one, two in zip(*found, strict=True):
         for name in ("loss", "margin", "kl", "grad_norm", "effective_negatives"):
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, one["step"])
+
+
+@pytest.fixture
+def copied(aligned: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the aligned workspace that the test may change."""
+    return Workspace(str(shutil.copytree(aligned.root, tmp_path / "copy")))
+
+
+def test_adapters_are_trained_handed_over_alone_and_merged(copied: Workspace, tiny_pipeline: Pipeline) -> None:
+    settings = ["sft.lora.rank=4", "sft.passes=1", "align.lora.rank=2", "reference.source=adapter_off"]
+    zero_3 = ["align.optimiser.zero_stage=3", "resources.num_workers=2", "align.steps=3"]
+    pipeline = override(tiny_pipeline, settings=[*settings, *zero_3])
+    run_stages(pipeline, copied, ("sft", "reference", "align"), force=NONE)
+    counts = copied.require("reference").counts
+    assert counts == {"train": 0}
+    train = [line for line in metrics(copied, "align") if line["kind"] == "train"]
+    assert train[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert train[-1]["kl"] > 0
+    assert all(np.isfinite(line["loss"]) for line in train)
+
+    rows = validation_rows(copied, 4, 0)
+    found = []
+    for stage, adapter in (("sft", None), ("sft", "align"), ("align", None)):
+        model, catalogue = open_from(copied, stage, "model")
+        if adapter:
+            load_adapter(model, Path(copied.path(adapter, "adapter")))
+        scorer = ItemScorer(model).eval()
+        own = score_rows(scorer, catalogue, rows.histories, rows.candidates, tokens_per_micro_batch=4096)
+        found.append(np.concatenate(own))
+    best = copied.require("align").facts["best_step"]
+    assert best == 0 or np.abs(found[0] - found[1]).max() > 0
+    np.testing.assert_allclose(found[1], found[2], atol=1e-5)
+    assert Path(copied.path("sft", "adapter", "adapter_model.safetensors")).is_file()
 
 
 def test_reference_scores_of_another_model_are_refused(aligned: Workspace, tiny_pipeline: Pipeline) -> None:
