@@ -16,7 +16,7 @@ from numpy import ndarray
 from ray.data import ActorPoolStrategy
 
 from recray.config import Reference
-from recray.data.examples import aligned, find_scores, list_arrays, matrix
+from recray.data.examples import aligned, find_scores, list_arrays, list_values, matrix
 from recray.data.prompts import find_template
 from recray.errors import DataError
 from recray.lm.scorer import ItemScorer, score_rows
@@ -86,7 +86,8 @@ def _write_scores(job: Job) -> None:
         raise DataError(f"reference: {(~there).sum()} of {there.size} scores did not come back; run it again")
     columns = [rows["row"], rows["items"], pa.array(list(scores), pa.list_(pa.float32()))]
     job.out.write_table("train", pa.table(columns, schema=REFERENCE))
-    job.out.counts |= {"scores": found.size, "scored": int((~found).sum()), "kept": int(found.sum())}
+    scored = list_values(new["items"].combine_chunks()).size
+    job.out.counts |= {"scores": found.size, "scored": scored, "kept": int(found.sum())}
 
 
 def _cache(job: Job) -> tuple[str, ...] | None:
