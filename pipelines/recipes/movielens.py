@@ -27,5 +27,7 @@ def movielens() -> Pipeline:
             validation_rows=256,
         ),
         negatives=Negatives(num=15),
-        align=Align(optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=200, validation_rows=256),
+        align=Align(
+            optimiser=Optimiser(learning_rate=2e-4), global_batch=32, steps=100, validate_every=25, validation_rows=256
+        ),
     )

@@ -55,7 +55,8 @@ def join_examples(
         met: For each user id, the sorted items met in training.
 
     Raises:
-        DataError: if a row lacks its negatives, vector or a reference score, naming it.
+        DataError: if a row lacks its negatives, vector or a reference score, or has its positive among the negatives,
+            naming it.
     """
     examples = examples.sort_by("row")
     rows = examples["row"].to_numpy()
@@ -63,6 +64,7 @@ def join_examples(
     vector = matrix(aligned(rows, vectors, "user vectors")["vector"])
     negative = matrix(drawn["negatives"])
     items = np.column_stack([examples["target"].to_numpy(), negative]).astype(np.int32)
+    _refuse_own_positive(rows, items)
     if reference is None:
         scores = np.full(items.shape, np.nan, dtype=np.float32)
     else:
@@ -157,6 +159,16 @@ def aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
             f"{what}: row {rows[missing][0]} is missing ({missing.sum()} of {rows.size} rows are); run that stage again"
         )
     return table.take(pa.array(order[place])).combine_chunks()
+
+
+def _refuse_own_positive(rows: Int[ndarray, " R"], items: Int[ndarray, "R K"]) -> None:
+    same = (items[:, 1:] == items[:, :1]).any(axis=1)
+    if same.any():
+        row = int(np.argmax(same))
+        raise DataError(
+            f"negatives: row {rows[row]} has its own positive, item {items[row, 0]}, among its negatives ({same.sum()} "
+            f"of {rows.size} rows do): nothing is learnt from preferring an item to itself; run `negatives` again"
+        )
 
 
 def find_scores(

@@ -50,6 +50,15 @@ def test_scores_are_found_by_row_and_item_in_any_file_and_order() -> None:
     assert not find_scores(rows, items, schema.REFERENCE.empty_table())[1].any()
 
 
+def test_a_positive_among_its_own_negatives_is_refused() -> None:
+    found = tables()
+    drawn = found["negatives"]["negatives"].to_pylist()
+    drawn[3][1] = 13
+    found["negatives"] = pa.table([list(range(ROWS)), drawn], schema=schema.NEGATIVES)
+    with pytest.raises(DataError, match=r"row 3 has its own positive, item 13"):
+        joined(found)
+
+
 def test_without_a_table_scores_are_nan_until_training_makes_them() -> None:
     table = joined({**tables(), "reference": None})
     assert np.isnan(np.array(table["reference"].to_pylist())).all()

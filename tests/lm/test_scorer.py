@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from recray.data.catalogue import Catalogue
+from recray.errors import DataError
 from recray.lm import scorer as scorer_module
 from recray.lm.layout import candidate_layout, stream_layout
 from recray.lm.load import save_model
@@ -105,3 +106,19 @@ def test_a_saved_folder_scores_as_the_model_in_memory(
     expected = score_rows(ItemScorer(model).eval(), catalogue, *rows, tokens_per_micro_batch=4096)
     for a, b in zip(loaded, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("history", "items", "message"),
+    [
+        ([1, 12], [0], "row 1 of those to score has item 12 in its history"),
+        ([1], [0, -1], "row 1 of those to score has item -1 in its candidates"),
+        ([1], [], "row 1 of those to score has no candidates"),
+    ],
+)
+def test_rows_that_can_not_be_scored_are_named(
+    catalogue: Catalogue, history: list[int], items: list[int], message: str
+) -> None:
+    histories, candidates = [np.array([0]), np.array(history)], [np.array([2]), np.array(items, dtype=np.int64)]
+    with pytest.raises(DataError, match=message):
+        segments_of(catalogue, histories, candidates)
