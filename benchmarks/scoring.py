@@ -8,6 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Method(NamedTuple):
 def made(config: PreTrainedConfig, *, dtype: torch.dtype, device: str) -> nn.Module:
     """Return a model with random weights, seeded."""
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).to(device)
     return model
 
 

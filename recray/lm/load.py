@@ -28,6 +28,7 @@ from recray.data.prompts import find_template
 from recray.errors import CatalogueError, ConfigError, ModelError
 from recray.lm.attention import use_flex
 from recray.lm.lora import nf4_settings
+from recray.lm.prefix_attention import use_prefix
 
 Model: TypeAlias = PreTrainedModel  # for those who may not import transformers
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
@@ -99,8 +100,8 @@ def load_model(
             text is a hub id.
         dtype: Of the weights in memory.
         trust_remote_code: Whether code that comes with the model may run.
-        attention: transformers' `attn_implementation`. None: FlexAttention where there is a GPU and the model allows
-            it, else transformers' own choice.
+        attention: transformers' `attn_implementation`. None: what serves packed prompts best here, where the model
+            allows it (`recray.lm.attention`, `recray.lm.prefix_attention`), else transformers' own choice.
         quantization: "nf4" for linear layers in 4 bits, frozen, which needs bitsandbytes and a GPU; or "none".
 
     Raises:
@@ -170,8 +171,8 @@ def open_recommender(
         folder: Written by `save_model`.
         labels: The items' labels in item order, to be held against those of training. None: the latter.
         dtype: Of the weights in memory.
-        attention: transformers' `attn_implementation`. None: FlexAttention where there is a GPU and the model allows
-            it, else transformers' own choice.
+        attention: transformers' `attn_implementation`. None: what serves packed prompts best here, where the model
+            allows it (`recray.lm.attention`, `recray.lm.prefix_attention`), else transformers' own choice.
         quantization: As in `load_model`.
 
     Raises:
@@ -298,9 +299,9 @@ def _load_weights(source: str, *, attention: str | None, **settings: Any) -> Pre
 
 
 def _attending(model: PreTrainedModel, asked: str | None) -> PreTrainedModel:
-    """Return the model with FlexAttention where nothing else is asked for and a GPU is there to run it."""
-    if asked is None and torch.cuda.is_available():
-        use_flex(model)
+    """Return the model with the attention that serves packed prompts best here, where nothing else is asked for."""
+    if asked is None:
+        (use_flex if torch.cuda.is_available() else use_prefix)(model)
     return model
 
 

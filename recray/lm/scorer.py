@@ -19,9 +19,11 @@ from recray.errors import DataError
 from recray.lm.attention import BLOCK, FLEX, block_masks, dense_masks, mask_form
 from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, one_a_row, separate_layout, stream_layout
 from recray.lm.load import open_recommender, stored_dtype
+from recray.lm.prefix_attention import PREFIX, as_mask, prefix_plan
 
 LOGITS_KEPT = 2**24  # so many are kept for backward, 64 MiB in float32; more are made again,
 LOGITS_AT_ONCE = 2**22  # in chunks of so many
+WIDE = 800  # tokens of a row from which attention without masks is faster; below, its gathers cost what it saves
 
 Scorer = Callable[[list[ndarray], list[ndarray]], list[ndarray]]
 
@@ -85,10 +87,24 @@ class ItemScorer(nn.Module):
         place = (packed.positions, packed.segment, packed.branch)
         if flex:
             masks = block_masks(self._mask_form, *place)
+        elif self._prefix_serves(packed):
+            plan = as_mask(prefix_plan(*place, self._dtype))
+            masks = dict.fromkeys(self._mask_form.types, plan) if self._mask_form.by_type else plan
         else:
-            dtype = self.model.get_input_embeddings().weight.dtype
-            masks = dense_masks(self._mask_form, *place, dtype)
+            masks = dense_masks(self._mask_form, *place, self._dtype)
         return {"attention_mask": masks, "position_ids": packed.positions}
+
+    def _prefix_serves(self, packed: Packed) -> bool:
+        """Whether attention without masks does for this layout, and pays: no window cuts anything off in it."""
+        if self.model.config._attn_implementation != PREFIX or packed.tokens.shape[1] < WIDE:
+            return False
+        window = self._mask_form.window
+        return window is None or int(packed.positions.max()) < window
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        found: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return found
 
     def _log_probability(self, hidden: Float[Tensor, "s D"], label: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
         # float32: bf16 keeps 8 bits of mantissa, so a log-probability near -40 would be off by a quarter of a nat.

@@ -1,5 +1,7 @@
 """What only a GPU can show: FlexAttention's gradients, and bf16."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,8 @@ def segments(seed: int) -> Segments:
 
 def built(config: PreTrainedConfig, dtype: torch.dtype, *, flex: bool) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to("cuda", dtype)
+    made = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
+    model: PreTrainedModel = made.to("cuda", dtype)
     if flex:
         assert use_flex(model)
         assert model.config._attn_implementation == FLEX

@@ -1,6 +1,7 @@
 """Every supported family, from a tiny configuration, against its own plain forward pass, one candidate at a time."""
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ from transformers import (
 
 from recray.data.catalogue import Catalogue
 from recray.errors import ModelError
+from recray.lm import scorer as scorer_module
 from recray.lm.attention import FLEX, known_positions, mask_form, use_flex, why_not_shared
 from recray.lm.layout import Layout, candidate_layout, separate_layout
+from recray.lm.prefix_attention import _PrefixAttention, use_prefix
 from recray.lm.scorer import ItemScorer, Packed, lay_out_streams, score_rows, segments_of, sum_by_slot, to_device
 from recray.lm.selfcheck import choose_sharing, largest_difference
 
@@ -67,6 +70,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 
 
 def built(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+    config = deepcopy(config)
     config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options).eval()
@@ -76,6 +80,12 @@ def built(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **option
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return built(FAMILIES[request.param], tokenizer)
+
+
+@pytest.fixture
+def narrow_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention without masks for rows of any width."""
+    monkeypatch.setattr(scorer_module, "WIDE", 0)
 
 
 each_family = pytest.mark.parametrize("family", list(FAMILIES), indirect=True)
@@ -124,6 +134,60 @@ def test_any_histories_and_candidates_share_exactly(
     with torch.no_grad():
         together, apart = (scores(family, catalogue, (histories, candidates), shared=s) for s in (True, False))
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+PREFIX_FAMILIES = [name for name in FAMILIES if name != "gemma2"]  # caps its logits, which fused attention does not
+
+
+@pytest.mark.usefixtures("narrow_rows_too")
+@pytest.mark.parametrize("name", PREFIX_FAMILIES)
+def test_attention_without_masks_has_the_scores_and_gradients_of_separate_rows(
+    name: str, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = (built(FAMILIES[name], tokenizer) for _ in range(2))
+    assert use_prefix(model)
+    taken: list[bool] = []
+    attend = _PrefixAttention.apply
+    monkeypatch.setattr(_PrefixAttention, "apply", lambda *given: taken.append(True) or attend(*given))
+    together, apart = scores(model, catalogue, rows, shared=True), scores(plain, catalogue, rows, shared=False)
+    assert bool(taken) == ("window" not in name and name != "gemma3")  # a window that cuts needs masks
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    weight = torch.linspace(-1, 1, len(together))
+    ours, theirs = (gradient(m, (v * weight).sum()) for m, v in ((model, together), (plain, apart)))
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert largest_difference(ItemScorer(model), catalogue, *rows) < 1e-5
+
+
+@pytest.mark.usefixtures("narrow_rows_too")
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=ragged)
+def test_attention_without_masks_is_exact_for_any_shape(
+    tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, shape: list[tuple[list[int], list[int]]]
+) -> None:
+    # GPT-2: the others round to float32 inside, whatever their weights are.
+    model = built(FAMILIES["gpt2"], tokenizer).double()
+    histories = [np.array(history, dtype=np.int64) for history, _ in shape]
+    candidates = [np.array(items, dtype=np.int64) for _, items in shape]
+    found = []
+    for attend, shared in ((use_prefix(model), True), (False, False)):
+        if not attend:
+            model.set_attn_implementation("eager")
+        value = scores(model, catalogue, (histories, candidates), shared=shared)
+        weight = torch.linspace(-1, 1, len(value), dtype=torch.float64)
+        found.append((value.detach(), gradient(model, (value * weight).sum())))
+    (ours, our_gradient), (theirs, their_gradient) = found
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+    torch.testing.assert_close(our_gradient, their_gradient, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("narrow_rows_too")
+def test_streams_need_no_masks_either(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> None:
+    model = built(FAMILIES["llama"], tokenizer)
+    packed = to_device(lay_out_streams(catalogue, [np.array([3, 4, 5, 6]), np.array([7, 8]), np.array([9, 9])]), "cpu")
+    assert packed.tokens.shape == (2, 4)  # two streams share a row
+    dense = ItemScorer(model)(packed)
+    assert use_prefix(model)
+    torch.testing.assert_close(ItemScorer(model)(packed), dense, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "phi3-window", "gemma2", "gemma3", "qwen2-window"])
