@@ -1,8 +1,8 @@
 """Attention for prompts with candidates behind them, without a mask: on CPUs.
 
 Dense attention with a mask works out T x T logits of a row, and most of them are masked: a candidate sees no
-neighbour, and the prompt no candidate. Here the prompt attends to itself, causally, all candidate tokens of a user attend
-to its prompt, and each candidate to itself, causally. The last two are one softmax over two sets of keys: with outputs a
+neighbour, and the prompt no candidate. Here the prompt attends to itself, causally, all candidate tokens of a user to
+its prompt, and each candidate to itself, causally. The last two are one softmax over two sets of keys: with outputs a
 and b and logarithms l_a and l_b of their denominators, the whole is exp(l_a - l) a + exp(l_b - l) b with
 l = logaddexp(l_a, l_b). In backward each part is given the whole's output and l: the kernel makes probabilities as
 exp(logit - l), so its gradients are exact. Nothing of the size of the logits is kept, as in FlashAttention (Dao et al.,

@@ -126,9 +126,6 @@ class StreamFeed:
 
     A row is one window of `window_items` items of one history. In every epoch a history's windows begin at another
     seeded place, so that an item is not always seen behind the same context; each item is a target once an epoch.
-
-    In a seeded `shuffled_share` of epochs a history's items come in random order, so that a window holds items from all
-    over it: what goes together is learnt beside what follows what.
     """
 
     def __init__(
@@ -139,10 +136,8 @@ class StreamFeed:
         share: Share,
         *,
         window_items: int,
-        shuffled_share: float = 0.0,
     ) -> None:
         self._histories, self._catalogue, self._share = histories, catalogue, share
-        self._shuffled_share = shuffled_share
         self._order, self._window = order, window_items
         self._history, self._number, self._slack = windows_of(
             np.array([history.size for history in histories], dtype=np.int64), window_items
@@ -167,11 +162,8 @@ class StreamFeed:
     def _items(self, row: int, epoch: int) -> Int[ndarray, " n"]:
         history = self._histories[int(self._history[row])]
         slack = int(self._slack[row])
-        # One generator a history and epoch: all its windows are cut from the same order, at the same shift.
-        rng = np.random.default_rng([self._order.seed, epoch, int(self._history[row])])
-        shift = int(rng.integers(slack + 1)) if slack else 0
-        if rng.random() < self._shuffled_share:
-            history = rng.permutation(history)
+        key = [self._order.seed, epoch, int(self._history[row])]
+        shift = int(np.random.default_rng(key).integers(slack + 1)) if slack else 0
         start = int(self._number[row]) * self._window - shift
         return history[max(0, start) : start + self._window]
 
