@@ -159,9 +159,9 @@ class RayContext:
         return int(self._context.get_world_rank())
 
     def resume_folder(self) -> Path | None:
-        """Return the last reported checkpoint, copied here, or None."""
+        """Return the last reported checkpoint, copied here unless its storage is local, or None."""
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory())
+        return None if checkpoint is None else _local(checkpoint)
 
     def units(self, first_step: int) -> Iterator[Unit]:
         """Yield this rank's units from `first_step` on."""
@@ -197,10 +197,16 @@ class Fitted:
     """What a run left: its best weights and everything it logged."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.folder = Path(checkpoint.to_directory())
+        self.folder = _local(checkpoint)
         self.weights_file = self.folder / BEST
         self.progress = Progress(**json.loads((self.folder / "progress.json").read_text()))
         self.metrics: list[dict[str, Any]] = json.loads((self.folder / "metrics.json").read_text())
+
+
+def _local(checkpoint: Checkpoint) -> Path:
+    if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
+        return Path(checkpoint.path)  # a copy would be left behind in the temporary folder at every resumption
+    return Path(checkpoint.to_directory())
 
 
 def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: list[Any] | None = None) -> Fitted:
