@@ -438,6 +438,7 @@ def test_the_fingerprint_changes_with_the_tokens_of_one_item() -> None:
 def test_facts_name_the_prompt() -> None:
     catalogue = catalogue_of("trained", "titles", 77)
     expected = {"template": "titles", "version": 1, "max_tokens": 77, "fingerprint": catalogue.fingerprint}
+    expected |= {"shares_prompt": True}
     assert catalogue.facts() == expected
 
 
