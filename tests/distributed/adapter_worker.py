@@ -99,7 +99,10 @@ def main() -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     for setting in sys.argv[5:]:
         train(folder, rank, world, setting)
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an interpreter that tears itself down meanwhile
 
 
 if __name__ == "__main__":

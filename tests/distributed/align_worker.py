@@ -59,7 +59,10 @@ def main() -> None:
     for setting in sys.argv[5:]:
         kind, zero_stage, micro_batches = setting.split(":")
         train(folder, rank, world, kind, int(zero_stage), int(micro_batches))
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an interpreter that tears itself down meanwhile
 
 
 if __name__ == "__main__":
