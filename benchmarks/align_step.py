@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig
 
-from benchmarks.scoring import made, seconds_each, users
+from benchmarks.scoring import attend_fast, made, seconds_each, users
 from recray.config import Objective
 from recray.lm.attention import dense_masks, mask_form
 from recray.lm.layout import candidate_layout
@@ -31,6 +31,7 @@ def step_overhead(shape: dict[str, Any], repeats: int) -> dict[str, Any]:
         users(USERS, prompt_tokens=PROMPT, num_negatives=NEGATIVES, vocabulary=shape["vocab_size"])
     )
     data = pack_unit(Unit(0, 0, [MicroBatch(np.arange(USERS), layout)], _arrays(), list(range(USERS))))
+    attend_fast(model, "cpu")
     engine = PlainEngine(ItemScorer(model), weight_decay=0.01, clip_norm=1.0)
     step = AlignStep(Objective(), MarginCentre())
 

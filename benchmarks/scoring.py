@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recray.lm.attention import use_flex
 from recray.lm.layout import Segments, candidate_layout, separate_layout
+from recray.lm.prefix_attention import use_prefix
 from recray.lm.scorer import ItemScorer, Packed, sum_by_slot, to_device
 
 ITEM_TOKENS = (6, 14)  # shortest and longest item
@@ -150,9 +151,8 @@ def tokens_passed(segments: Segments) -> dict[str, int]:
 
 
 def attend_fast(model: nn.Module, device: str) -> str:
-    """Put FlexAttention into the model where there is a GPU; return what it attends by."""
-    if device == "cuda":
-        use_flex(model)
+    """Put into the model what recray attends by here; return its name."""
+    (use_flex if device == "cuda" else use_prefix)(model)
     config: Any = model.config
     name: str = config._attn_implementation
     return name

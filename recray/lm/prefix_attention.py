@@ -10,16 +10,17 @@ arXiv 2205.14135, section 3.1).
 
 With P prompt and C candidate tokens of length L it works out P^2 / 2 + C (P + L) logits, not (P + C)^2.
 
+It serves layouts with one segment a row; `prefix_plan` says where it doesn't.
+
 Axes:
-    N  tokens of all rows, end to end     H  heads            G  heads of keys and values     d  width of a head
-    U  segments                           P  prompt tokens    C  candidate tokens of a segment
-    K  candidates                         L  tokens of a candidate
+    R  rows                          T  tokens of a row    H  heads    G  heads of keys and values    d  their width
+    P  tokens of the longest prompt  K  candidates         L  tokens of the longest candidate
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,78 +32,85 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Grid(NamedTuple):
-    """Ragged tokens as a matrix, padded on the right."""
-
-    place: Int[Tensor, "rows width"]  # among all tokens; 0 for padding
-    filled: Int[Tensor, " n"]  # entries of the flat matrix that are no padding
-    tokens: Int[Tensor, " n"]  # their places among all tokens
-    padding: Float[Tensor, "rows 1 1 width"] | None  # to be added to logits of these keys; None without padding
-
-
 class PrefixPlan(NamedTuple):
-    """Which tokens attend together."""
+    """Which tokens attend together in rows that begin with a prompt, its candidates behind it."""
 
-    prompt: Grid  # [U, P]
-    tail: Grid | None  # [U, C] candidate tokens by segment; None without candidates
-    own: Grid | None  # [K, L] the same tokens by candidate, in the same order
+    shortest: int  # prompt, in tokens
+    longest: int
+    behind: Bool[Tensor, "R 1 P 1"] | None  # columns of the longest prompt that are behind a row's own; None if none is
+    masked: Float[Tensor, "R 1 1 P"] | None  # the same, to be added to logits of these keys
+    candidate: Bool[Tensor, "R 1 tail 1"] | None  # which columns from `shortest` on are a candidate's; None: all are
+    own: Int[Tensor, "K L"]  # place of candidate tokens among all tokens, row by row; 0 for padding
+    filled: Int[Tensor, " n"]  # entries of `own` that are no padding
+    tokens: Int[Tensor, " n"]  # what stands there
+    back: Int[Tensor, "R tail"]  # entry of `own` for each column from `shortest` on; 0 where there is none
 
 
 def prefix_plan(
     positions: Int[Tensor, "R T"], segment: Int[Tensor, "R T"], branch: Int[Tensor, "R T"], dtype: torch.dtype
-) -> PrefixPlan:
-    """Return the plan of a layout (`recray.lm.layout`); `dtype` is that of attention."""
-    position, owner, number = positions.flatten(), segment.flatten(), branch.flatten()
-    place = torch.arange(owner.numel())
-    of_prompt, of_tail = (owner >= 0) & (number == 0), number > 0
-    users, step = owner[of_prompt], position[of_prompt]
-    prompt = _grid(users, step, place[of_prompt], dtype)
-    if not bool(of_tail.any()):
-        return PrefixPlan(prompt, None, None)
-    lengths = torch.bincount(users)
-    user, at = owner[of_tail], place[of_tail]
-    first = prompt.place[:, 0] + lengths  # of a segment's candidate tokens
-    each = torch.zeros(lengths.numel(), dtype=torch.int64).scatter_reduce(0, user, number[of_tail], "amax")
-    candidate = (each.cumsum(0) - each)[user] + number[of_tail] - 1
-    tail = _grid(user, at - first[user], at, dtype)
-    own = _grid(candidate, position[of_tail] - lengths[user], at, dtype)
-    return PrefixPlan(prompt, tail, own)
+) -> PrefixPlan | None:
+    """Return the plan of a layout (`recray.lm.layout`), or None if a row has several segments, or no candidates.
 
-
-def _grid(row: Int[Tensor, " n"], column: Int[Tensor, " n"], token: Int[Tensor, " n"], dtype: torch.dtype) -> Grid:
-    shape = (int(row.max()) + 1, int(column.max()) + 1)
-    place = torch.full(shape, -1, dtype=torch.int64)
-    place[row, column] = token
-    there = place >= 0
-    padding = None
-    if not bool(there.all()):
-        padding = torch.zeros(shape, dtype=dtype).masked_fill(~there, -torch.inf)[:, None, None]
-    return Grid(place.clamp_min(0), there.flatten().nonzero()[:, 0], place[there], padding)
+    Args:
+        positions: Of the layout.
+        segment: Of the layout.
+        branch: Of the layout.
+        dtype: Of attention.
+    """
+    row, column = (branch > 0).nonzero(as_tuple=True)
+    there = segment >= 0
+    if not row.numel() or bool((there & (segment != segment[:, :1])).any()):
+        return None
+    lengths = (there & (branch == 0)).sum(dim=1)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    columns = torch.arange(segment.shape[1])
+    behind = (columns[:longest] >= lengths[:, None])[:, None, :, None]
+    each = branch.amax(dim=1)
+    number = (each.cumsum(0) - each)[row] + branch[row, column] - 1
+    step = positions[row, column] - lengths[row]
+    own = torch.full((int(each.sum()), int(step.max()) + 1), -1, dtype=torch.int64)
+    own[number, step] = row * segment.shape[1] + column
+    filled = (own >= 0).flatten().nonzero()[:, 0]
+    back = torch.zeros_like(segment)
+    back[row, column] = number * own.shape[1] + step
+    candidate = (branch > 0)[:, None, shortest:, None]
+    ragged = bool(behind.any())
+    return PrefixPlan(
+        shortest,
+        longest,
+        behind if ragged else None,
+        torch.zeros(behind.shape, dtype=dtype).masked_fill(behind, -torch.inf).transpose(2, 3) if ragged else None,
+        None if bool(candidate.all()) else candidate,
+        own.clamp_min(0),
+        filled,
+        own.flatten()[filled],
+        back[:, shortest:],
+    )
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """[N, H, d] queries and [N, G, d] keys and values in, [N, H, d] out."""
+    """[R, T, H, d] queries and [R, T, G, d] keys and values in, [R, T, H, d] out."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: PrefixPlan, scale: float | None) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        out = torch.zeros_like(query)
-        # Of padding, which attends to nothing: any finite value will do.
-        total = query.new_zeros(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        groups = query.shape[2] // key.shape[2]
+        q, k, v = _heads(query), _heads(key, groups), _heads(value, groups)
+        prompt, tail = slice(0, plan.longest), slice(plan.shortest, None)
+        first, first_sum = _flash(q[:, :, prompt], k[:, :, prompt], v[:, :, prompt], 0.0, True, scale=scale)
+        a, l_a = _flash(q[:, :, tail], k[:, :, prompt], v[:, :, prompt], 0.0, False, attn_mask=plan.masked, scale=scale)
+        own = (_own(tensor, plan, times) for tensor, times in ((query, 1), (key, groups), (value, groups)))
+        b, l_b = (_back(tensor, plan) for tensor in _flash(*own, 0.0, True, scale=scale))
+        both = torch.logaddexp(l_a, l_b)
+        weighted = ((l_a - both).exp()[..., None] * a + (l_b - both).exp()[..., None] * b).to(query.dtype)
 
-        prompt, tail, own = plan
-        seen = _heads(key, prompt, groups), _heads(value, prompt, groups)
-        found, log_sum = _flash(_heads(query, prompt), *seen, 0.0, True, scale=scale)
-        out[prompt.tokens], total[prompt.tokens] = _tokens(found, prompt), _tokens(log_sum, prompt)
-        if tail is not None and own is not None:
-            found, log_sum = _flash(_heads(query, tail), *seen, 0.0, False, attn_mask=prompt.padding, scale=scale)
-            a, l_a = _tokens(found, tail), _tokens(log_sum, tail)
-            itself = _heads(key, own, groups), _heads(value, own, groups)
-            found, log_sum = _flash(_heads(query, own), *itself, 0.0, True, scale=scale)
-            b, l_b = _tokens(found, own), _tokens(log_sum, own)
-            both = torch.logaddexp(l_a, l_b)
-            weighted = (l_a - both).exp()[..., None] * a + (l_b - both).exp()[..., None] * b
-            out[tail.tokens], total[tail.tokens] = weighted.to(out.dtype), both
+        out = query.new_zeros(query.shape)
+        total = both.new_zeros(*query.shape[:2], query.shape[2])
+        ahead, ahead_sum = _heads(out), total.transpose(1, 2)  # views
+        ahead[:, :, prompt], ahead_sum[:, :, prompt] = first, first_sum
+        if plan.candidate is not None:
+            weighted = torch.where(plan.candidate, weighted, ahead[:, :, tail])
+            both = torch.where(plan.candidate[..., 0], both, ahead_sum[:, :, tail])
+        ahead[:, :, tail], ahead_sum[:, :, tail] = weighted, both
         ctx.save_for_backward(query, key, value, out, total)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -110,38 +118,46 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, total = ctx.saved_tensors
-        (prompt, tail, own), groups = ctx.plan, query.shape[1] // key.shape[1]
-        by_query, by_key, by_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        plan: PrefixPlan = ctx.plan
+        groups = query.shape[2] // key.shape[2]
+        q, k, v, o = _heads(query), _heads(key, groups), _heads(value, groups), _heads(out)
+        upstream, sums = _heads(gradient), total.transpose(1, 2)
+        prompt, tail = slice(0, plan.longest), slice(plan.shortest, None)
+        by = [
+            query.new_zeros(query.shape) for _ in range(3)
+        ]  # contiguous; of keys and values: for every head of queries
 
-        def part(queries: Grid, keys: Grid, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            grids = ((gradient, queries, 1), (query, queries, 1), (key, keys, groups), (value, keys, groups))
-            upstream, *inputs = (_heads(tensor, grid, repeated) for tensor, grid, repeated in grids)
-            upstream = upstream.masked_fill(_empty(queries), 0.0) if queries.padding is not None else upstream
-            mask = None if causal else keys.padding
-            results = _flash_backward(
-                upstream,
-                *inputs,
-                _heads(out, queries),
-                _heads(total, queries),
+        def part(queries: slice, left_out: Tensor | None, causal: bool) -> None:
+            """Add what queries in these columns give to their own, and to keys and values of prompts."""
+            g, log_sum = upstream[:, :, queries], sums[:, :, queries]
+            if left_out is not None:  # an infinite denominator is a probability of zero: no gradient from these
+                g, log_sum = g.masked_fill(left_out, 0.0), log_sum.masked_fill(left_out[..., 0], torch.inf)
+            found = _flash_backward(
+                g,
+                q[:, :, queries],
+                k[:, :, prompt],
+                v[:, :, prompt],
+                o[:, :, queries],
+                log_sum,
                 0.0,
                 causal,
-                attn_mask=mask,
+                attn_mask=None if causal else plan.masked,
                 scale=ctx.scale,
             )
-            return (
-                _tokens(results[0], queries),
-                _summed(_tokens(results[1], keys), groups),
-                _summed(_tokens(results[2], keys), groups),
-            )
+            for whole, columns, more in zip(by, (queries, prompt, prompt), found, strict=True):
+                _heads(whole)[:, :, columns] += more
 
-        by_query[prompt.tokens], by_key[prompt.tokens], by_value[prompt.tokens] = part(prompt, prompt, True)
-        if tail is not None and own is not None:
-            on_query, on_key, on_value = part(tail, prompt, False)
-            by_key[prompt.tokens] += on_key
-            by_value[prompt.tokens] += on_value
-            itself, by_key[own.tokens], by_value[own.tokens] = part(own, own, True)
-            by_query[tail.tokens] = on_query + itself
-        return by_query, by_key, by_value, None, None
+        part(prompt, plan.behind, True)
+        part(tail, None if plan.candidate is None else ~plan.candidate, False)
+        own = [
+            _own(tensor, plan, times)
+            for tensor, times in ((gradient, 1), (query, 1), (key, groups), (value, groups), (out, 1), (total, 1))
+        ]
+        own[0] = own[0].masked_fill(_padding(plan), 0.0)
+        for whole, more in zip(by, _flash_backward(*own, 0.0, True, scale=ctx.scale), strict=True):
+            whole.flatten(end_dim=1)[plan.tokens] += more.transpose(1, 2).flatten(end_dim=1)[plan.filled]
+        by_query, by_key, by_value = by
+        return by_query, _summed(by_key, groups), _summed(by_value, groups), None, None
 
 
 def use_prefix(model: nn.Module) -> bool:
@@ -183,32 +199,32 @@ def _forward(
     if plan is None:
         plain, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
         return plain, None
-    rows, _, columns, _ = query.shape
-    flat = [tensor.transpose(1, 2).flatten(end_dim=1) for tensor in (query, key, value)]
-    out: Tensor = _PrefixAttention.apply(*flat, plan, scaling)  # type: ignore[no-untyped-call]
-    return out.view(rows, columns, *out.shape[1:]), None
+    whole = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out: Tensor = _PrefixAttention.apply(*whole, plan, scaling)  # type: ignore[no-untyped-call]
+    return out, None
 
 
-def _heads(tensor: Tensor, grid: Grid, groups: int = 1) -> Tensor:
-    """Return [rows, H, width, ...] of a [N, H, ...] tensor, each head repeated for a group of queries."""
-    chosen = tensor[grid.place]
-    if groups > 1:
-        chosen = chosen.repeat_interleave(groups, dim=2)
-    return chosen.transpose(1, 2)
+def _heads(tensor: Tensor, groups: int = 1) -> Tensor:
+    """Return [R, H, T, d] of a [R, T, H, d] tensor, each head repeated for a group of queries."""
+    return (tensor if groups == 1 else tensor.repeat_interleave(groups, dim=2)).transpose(1, 2)
 
 
-def _tokens(tensor: Tensor, grid: Grid) -> Tensor:
-    """Return [n, H, ...] of a [rows, H, width, ...] tensor, padding left out."""
-    return tensor.transpose(1, 2).flatten(end_dim=1)[grid.filled]
+def _own(tensor: Tensor, plan: PrefixPlan, groups: int = 1) -> Tensor:
+    """Return [K, H, L, ...] of a [R, T, H, ...] tensor, each head repeated for a group of queries."""
+    chosen = tensor.flatten(end_dim=1)[plan.own]
+    return (chosen if groups == 1 else chosen.repeat_interleave(groups, dim=2)).transpose(1, 2)
 
 
-def _summed(tensor: Float[Tensor, "n H d"], groups: int) -> Float[Tensor, "n G d"]:
-    return tensor if groups == 1 else tensor.view(len(tensor), -1, groups, tensor.shape[-1]).sum(dim=2)
+def _back(tensor: Tensor, plan: PrefixPlan) -> Tensor:
+    """Return [R, H, tail, ...] of a [K, H, L, ...] tensor."""
+    return tensor.transpose(1, 2).flatten(end_dim=1)[plan.back].transpose(1, 2)
 
 
-def _empty(grid: Grid) -> Tensor:
-    """Return which queries are padding, as [rows, 1, width, 1]."""
-    rows, width = grid.place.shape
-    there = torch.zeros(rows * width, dtype=torch.bool)
-    there[grid.filled] = True
-    return ~there.view(rows, 1, width, 1)
+def _padding(plan: PrefixPlan) -> Bool[Tensor, "K 1 L 1"]:
+    empty = torch.ones(plan.own.numel(), dtype=torch.bool)
+    empty[plan.filled] = False
+    return empty.view(len(plan.own), 1, -1, 1)
+
+
+def _summed(tensor: Float[Tensor, "R T H d"], groups: int) -> Float[Tensor, "R T G d"]:
+    return tensor if groups == 1 else tensor.view(*tensor.shape[:2], -1, groups, tensor.shape[3]).sum(dim=3)

@@ -19,11 +19,11 @@ from recray.errors import DataError
 from recray.lm.attention import BLOCK, FLEX, block_masks, dense_masks, mask_form
 from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, one_a_row, separate_layout, stream_layout
 from recray.lm.load import open_recommender, stored_dtype
-from recray.lm.prefix_attention import PREFIX, as_mask, prefix_plan
+from recray.lm.prefix_attention import PREFIX, PrefixPlan, as_mask, prefix_plan
 
 LOGITS_KEPT = 2**24  # so many are kept for backward, 64 MiB in float32; more are made again,
 LOGITS_AT_ONCE = 2**22  # in chunks of so many
-WIDE = 800  # tokens of a row from which attention without masks is faster; below, its gathers cost what it saves
+WIDE = 400  # tokens of a row from which attention without masks is faster than with one
 
 Scorer = Callable[[list[ndarray], list[ndarray]], list[ndarray]]
 
@@ -87,19 +87,21 @@ class ItemScorer(nn.Module):
         place = (packed.positions, packed.segment, packed.branch)
         if flex:
             masks = block_masks(self._mask_form, *place)
-        elif self._prefix_serves(packed):
-            plan = as_mask(prefix_plan(*place, self._dtype))
-            masks = dict.fromkeys(self._mask_form.types, plan) if self._mask_form.by_type else plan
+        elif (plan := self._plan(packed)) is not None:
+            carrier = as_mask(plan)
+            masks = dict.fromkeys(self._mask_form.types, carrier) if self._mask_form.by_type else carrier
         else:
             masks = dense_masks(self._mask_form, *place, self._dtype)
         return {"attention_mask": masks, "position_ids": packed.positions}
 
-    def _prefix_serves(self, packed: Packed) -> bool:
-        """Whether attention without masks does for this layout, and pays: no window cuts anything off in it."""
+    def _plan(self, packed: Packed) -> PrefixPlan | None:
+        """Return how to attend without masks, if the layout allows it, it pays, and no window cuts anything off."""
         if self.model.config._attn_implementation != PREFIX or packed.tokens.shape[1] < WIDE:
-            return False
+            return None
         window = self._mask_form.window
-        return window is None or int(packed.positions.max()) < window
+        if window is not None and int(packed.positions.max()) >= window:
+            return None
+        return prefix_plan(packed.positions, packed.segment, packed.branch, self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

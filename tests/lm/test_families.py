@@ -30,10 +30,11 @@ from transformers import (
 
 from recray.data.catalogue import Catalogue
 from recray.errors import ModelError
+from recray.lm import layout as layout_module
 from recray.lm import scorer as scorer_module
 from recray.lm.attention import FLEX, known_positions, mask_form, use_flex, why_not_shared
-from recray.lm.layout import Layout, candidate_layout, separate_layout
-from recray.lm.prefix_attention import _PrefixAttention, use_prefix
+from recray.lm.layout import Layout, candidate_layout, one_a_row, separate_layout
+from recray.lm.prefix_attention import _PrefixAttention, prefix_plan, use_prefix
 from recray.lm.scorer import ItemScorer, Packed, lay_out_streams, score_rows, segments_of, sum_by_slot, to_device
 from recray.lm.selfcheck import choose_sharing, largest_difference
 
@@ -84,8 +85,9 @@ def family(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -
 
 @pytest.fixture
 def narrow_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention without masks for rows of any width."""
+    """Attention without masks for rows of any width, each segment in its own."""
     monkeypatch.setattr(scorer_module, "WIDE", 0)
+    monkeypatch.setattr(layout_module, "pack", one_a_row)
 
 
 each_family = pytest.mark.parametrize("family", list(FAMILIES), indirect=True)
@@ -180,14 +182,13 @@ def test_attention_without_masks_is_exact_for_any_shape(
     torch.testing.assert_close(our_gradient, their_gradient, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.usefixtures("narrow_rows_too")
-def test_streams_need_no_masks_either(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> None:
-    model = built(FAMILIES["llama"], tokenizer)
-    packed = to_device(lay_out_streams(catalogue, [np.array([3, 4, 5, 6]), np.array([7, 8]), np.array([9, 9])]), "cpu")
-    assert packed.tokens.shape == (2, 4)  # two streams share a row
-    dense = ItemScorer(model)(packed)
-    assert use_prefix(model)
-    torch.testing.assert_close(ItemScorer(model)(packed), dense, atol=1e-5, rtol=0)
+def test_rows_of_several_segments_and_streams_have_no_plan(catalogue: Catalogue, rows: Rows) -> None:
+    streams = to_device(lay_out_streams(catalogue, [np.array([3, 4, 5, 6]), np.array([7, 8]), np.array([9, 9])]), "cpu")
+    assert streams.tokens.shape == (2, 4)  # two streams share a row
+    packed = to_device(candidate_layout(segments_of(catalogue, *rows)), "cpu")
+    assert len(packed.tokens) < 4
+    for layout in (streams, packed):
+        assert prefix_plan(layout.positions, layout.segment, layout.branch, torch.float32) is None
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "phi3-window", "gemma2", "gemma3", "qwen2-window"])
