@@ -141,7 +141,7 @@ class Optimiser(Part):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO.")
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     gradient_checkpointing: bool = Field(
-        False, description="Layers are run again in backward: a third more time, memory of one layer."
+        False, description="Layers are run again in backward, so that only their inputs are kept."
     )
 
 

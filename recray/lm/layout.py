@@ -49,6 +49,8 @@ class Layout(NamedTuple):
     plain: bool = False  # one segment a row and no branches: causal attention is all it needs
 
 
+ARRAYS = tuple(name for name in Layout._fields if name not in ("num_scores", "plain"))
+
 Packing: TypeAlias = Callable[[ndarray], tuple[ndarray, ndarray, tuple[int, int]]]
 
 

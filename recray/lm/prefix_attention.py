@@ -123,9 +123,8 @@ class _PrefixAttention(torch.autograd.Function):
         q, k, v, o = _heads(query), _heads(key, groups), _heads(value, groups), _heads(out)
         upstream, sums = _heads(gradient), total.transpose(1, 2)
         prompt, tail = slice(0, plan.longest), slice(plan.shortest, None)
-        by = [
-            query.new_zeros(query.shape) for _ in range(3)
-        ]  # contiguous; of keys and values: for every head of queries
+        # Contiguous, whatever `query` is, as parts are written through flat views; keys and values by head of queries.
+        by = [query.new_zeros(query.shape) for _ in range(3)]
 
         def part(queries: slice, left_out: Tensor | None, causal: bool) -> None:
             """Add what queries in these columns give to their own, and to keys and values of prompts."""

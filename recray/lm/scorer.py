@@ -17,7 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from recray.data.catalogue import Catalogue
 from recray.errors import DataError
 from recray.lm.attention import BLOCK, FLEX, block_masks, dense_masks, mask_form
-from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, one_a_row, separate_layout, stream_layout
+from recray.lm.layout import (
+    ARRAYS,
+    PADDING,
+    Layout,
+    Segments,
+    candidate_layout,
+    one_a_row,
+    separate_layout,
+    stream_layout,
+)
 from recray.lm.load import open_recommender, stored_dtype
 from recray.lm.prefix_attention import PREFIX, PrefixPlan, as_mask, prefix_plan
 
@@ -145,11 +154,7 @@ def sum_by_slot(log_probability: Float[Tensor, " S"], packed: Packed) -> Float[T
 
 def to_device(layout: Layout, device: torch.device | str) -> Packed:
     """Return the layout as tensors on `device`."""
-    tensors = {
-        name: torch.from_numpy(np.ascontiguousarray(getattr(layout, name))).to(device)
-        for name in Layout._fields
-        if name not in ("num_scores", "plain")
-    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(layout, name))).to(device) for name in ARRAYS}
     return Packed(**tensors, num_scores=layout.num_scores, plain=layout.plain)
 
 

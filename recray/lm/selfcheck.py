@@ -36,7 +36,7 @@ def choose_sharing(
         catalogue.shares_prompt = True
         try:
             worst = largest_difference(scorer, catalogue, histories, candidates)
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             # What a model does with masks that it was not written for is anybody's guess.
             reason = f"with our masks it fails ({type(error).__name__}: {error})"
         else:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from numpy import ndarray
 from safetensors.numpy import load, save
 
-from recray.lm.layout import Layout
+from recray.lm.layout import ARRAYS, Layout
 
 
 class MicroBatch(NamedTuple):
@@ -32,15 +32,12 @@ class Unit(NamedTuple):
     rows: list[int]  # row ids of the whole global batch, in its order
 
 
-_LAYOUT = tuple(name for name in Layout._fields if name not in ("num_scores", "plain"))
-
-
 def pack_unit(unit: Unit) -> bytes:
     """Return the unit as safetensors."""
     tensors = {f"array.{name}": array for name, array in unit.arrays.items()}
     for number, micro in enumerate(unit.micro_batches):
         tensors[f"{number}.places"] = micro.places
-        tensors |= {f"{number}.{name}": getattr(micro.layout, name) for name in _LAYOUT}
+        tensors |= {f"{number}.{name}": getattr(micro.layout, name) for name in ARRAYS}
     head = {
         "step": unit.step,
         "rank": unit.rank,
@@ -60,7 +57,7 @@ def unpack_unit(data: bytes) -> Unit:
     micro_batches = [
         MicroBatch(
             tensors[f"{number}.places"],
-            Layout(**{name: tensors[f"{number}.{name}"] for name in _LAYOUT}, num_scores=num_scores, plain=plain),
+            Layout(**{name: tensors[f"{number}.{name}"] for name in ARRAYS}, num_scores=num_scores, plain=plain),
         )
         for number, (num_scores, plain) in enumerate(head["layouts"])
     ]

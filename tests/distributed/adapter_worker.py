@@ -3,8 +3,6 @@
 python adapter_worker.py FOLDER RANK WORLD PORT ENGINE:ZERO:MICRO:REFERENCE ...
 """
 
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,21 +87,7 @@ def train(folder: Path, rank: int, world: int, setting: str) -> None:
         save_file({**weights, "metrics": metrics}, folder / f"{world}-{setting.replace(':', '-')}.safetensors")
 
 
-def main() -> None:
-    """Join the group and run every setting in it."""
-    folder, rank, world, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    for setting in sys.argv[5:]:
-        train(folder, rank, world, setting)
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may outlive the group, and abort an interpreter that tears itself down meanwhile
-
-
 if __name__ == "__main__":
-    main()
+    from group import in_group  # beside this script: found when it is run, not when doctests are collected
+
+    in_group(train)

@@ -3,13 +3,10 @@
 python align_worker.py FOLDER RANK WORLD PORT ENGINE[:ZERO]:MICRO ...
 """
 
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.numpy import save_file
 
 from recray.config import Objective
@@ -24,17 +21,18 @@ from recray.train.step import AlignStep, MarginCentre
 STEPS = 3
 
 
-def train(folder: Path, rank: int, world: int, kind: str, zero_stage: int, micro_batches: int) -> None:
+def train(folder: Path, rank: int, world: int, setting: str) -> None:
     """Take three steps and write, from rank 0, the weights and the metrics of the last step."""
+    kind, zero_stage, micro_batches = setting.split(":")
     model, catalogue = open_recommender(folder / "model")
-    engine = make_engine(ItemScorer(model), kind=kind, weight_decay=0.01, clip_norm=1.0, zero_stage=zero_stage)
-    objective = Objective(margin="batch" if micro_batches == 3 else "per_negative")
+    engine = make_engine(ItemScorer(model), kind=kind, weight_decay=0.01, clip_norm=1.0, zero_stage=int(zero_stage))
+    objective = Objective(margin="batch" if micro_batches == "3" else "per_negative")
     feed = AlignFeed(
         ExampleShards(folder / "shards"),
         catalogue,
         torch.from_numpy(np.load(folder / "item_vectors.npy")),
         Order(24, 9, 5),  # nine rows over two ranks: uneven
-        Share(world, 10**6, micro_batches),
+        Share(world, 10**6, int(micro_batches)),
         objective,
         num_negatives=3,
     )
@@ -48,22 +46,7 @@ def train(folder: Path, rank: int, world: int, kind: str, zero_stage: int, micro
         save_file({**weights, "metrics": metrics}, folder / f"{world}-{kind}-{zero_stage}-{micro_batches}.safetensors")
 
 
-def main() -> None:
-    """Join the group and run every setting in it."""
-    folder, rank, world, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    for setting in sys.argv[5:]:
-        kind, zero_stage, micro_batches = setting.split(":")
-        train(folder, rank, world, kind, int(zero_stage), int(micro_batches))
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may outlive the group, and abort an interpreter that tears itself down meanwhile
-
-
 if __name__ == "__main__":
-    main()
+    from group import in_group  # beside this script: found when it is run, not when doctests are collected
+
+    in_group(train)
