@@ -4,6 +4,7 @@ Both sum gradients over ranks: the losses they are given are each rank's share o
 global count.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,11 @@ class Engine(Protocol):
         """Add the gradient of this rank's share of the loss; `last` marks the last micro-batch of a step."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear; return the global gradient norm before clipping."""
+        """Clip, update, clear; return the global gradient norm before clipping.
+
+        Where that is not finite, nothing is updated and the gradient is cleared: one NaN sent backward on one rank is
+        enough to have the step skipped on all.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +76,8 @@ class PlainEngine:
         norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm)
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate
-        self._optimiser.step()
+        if norm.isfinite():
+            self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -150,11 +156,16 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        # Stage 0 keeps whole gradients, reduced by now, and does not say their norm.
-        whole = [p.grad for p in self._engine.module.parameters() if p.grad is not None] if not self._stage else []
-        norm = nn.utils.get_total_norm(whole) if whole else None
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        if self._stage:  # those skip an update themselves, and then keep the norm of a step before
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+        # Stage 0 keeps whole gradients, reduced by now, does not say their norm, and takes any of them.
+        norm = nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+        if norm.isfinite():
+            self._engine.step()
+        else:
+            self._engine.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     def whole_weights(self) -> dict[str, Tensor]:
         inner: nn.Module = self._engine.module
