@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STAGE_HELP = {
     "ingest": "Read logs and catalogue into one schema; set aside what can't be used.",
     "sequences": "Put histories in time order, split them, draw evaluation candidates.",
+    "audit": "Score rules that need no model; exit with 1 if the evaluation leaks. Runs what it needs first.",
     "users": "Fit SASRec and compute a vector for every user and item.",
     "sft": "Teach the language model the catalogue and the histories.",
     "negatives": "Draw the items that each positive is compared with.",
@@ -196,7 +197,32 @@ def _add_command(name: str, stages: tuple[str, ...] | None, summary: str) -> Cal
 
 _add_command("run", None, "The whole job: every stage that is not up to date, then the report.")
 for _name, _summary in STAGE_HELP.items():
-    _add_command(_name, (_name,), _summary)
+    if _name != "audit":
+        _add_command(_name, (_name,), _summary)
+
+
+@app.command("audit", help=STAGE_HELP["audit"])
+def audit(
+    recipe: RecipeOption,
+    workspace: WorkspaceOption,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    force: ForceOption = None,
+    seed: SeedOption = None,
+    fresh_candidates: Annotated[
+        bool, typer.Option("--fresh-candidates", help="Same as --set sequences.fresh_candidates=true.")
+    ] = False,
+) -> None:
+    """Run what the audit needs and the audit, print one line a rule, and exit with 1 if there is a leak."""
+    from pipelines.recipes import find
+
+    fresh = ["sequences.fresh_candidates=true"] if fresh_candidates else []
+    pipeline = resolve(recipe, data=data, file=config, settings=[*(settings or []), *fresh], seed=seed)
+    _check_places(pipeline, needs_data=find(recipe).needs_data)
+    _run(pipeline, workspace, ("ingest", "sequences", "audit"), _check_names(force or []))
+    if _show_audit(workspace):
+        raise typer.Exit(1)
 
 
 def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str]) -> None:
@@ -215,8 +241,33 @@ def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: 
     run_stages(pipeline, workspace, names, force=force, ray=partial(connect, pipeline.resources))
     if "report" in names:
         _show_report(workspace)
+        _show_leaks(workspace)
 
 
 def _show_report(workspace: "Workspace") -> None:
     if workspace.exists("report", "report.html"):
         typer.echo(f"Report: {workspace.path('report', 'report.html')}")
+
+
+def _show_audit(uri: str) -> bool:
+    """Print a line a rule and a line a fact; return whether a rule is a leak."""
+    from recray.ranking.verdicts import line
+    from recray.workspace import Workspace
+
+    workspace = Workspace(uri)
+    for rule in workspace.table("audit", "rules").to_pylist():
+        typer.echo(line(rule))
+    for fact in workspace.json("audit", "facts.json"):
+        counted = "not known" if fact["number"] is None else f"{fact['number']:,} of {fact['of']:,}"
+        typer.echo(f"fact   {fact['fact']}: {counted}; {fact['note']}")
+    return _show_leaks(workspace)
+
+
+def _show_leaks(workspace: "Workspace") -> bool:
+    """Print every leak with what to do about it, where it is not overlooked; return whether there is one."""
+    from recray.ranking.verdicts import leaks
+
+    found = leaks(workspace.table("audit", "rules").to_pylist()) if workspace.exists("audit", "manifest.json") else []
+    for rule in found:
+        typer.echo(f"LEAK   {rule['rule']} (HR@1 {rule['value']:.3f}): {rule['reason']} {rule['advice']}", err=True)
+    return bool(found)

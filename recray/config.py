@@ -78,6 +78,14 @@ class Sequences(Part):
     max_test_rows: Count = 10_000
 
 
+class Audit(Part):
+    """Rules that need no model, on the rows and candidates of the evaluation."""
+
+    rows: Count = Field(20_000, description="Most test rows that are scored; a seeded sample of more.")
+    bootstrap_samples: Count = 1000
+    confidence: Fraction = 0.95
+
+
 class Users(Part):
     """SASRec, the light auxiliary recommender."""
 
@@ -259,6 +267,7 @@ class Pipeline(Part):
     seed: Annotated[int, Field(ge=0)] = 0
     ingest: Ingest = Ingest()
     sequences: Sequences = Sequences()
+    audit: Audit = Audit()
     users: Users = Users()
     sft: Sft = Sft()
     negatives: Negatives = Negatives()

@@ -6,11 +6,13 @@ seeded shuffle, so the number carries nothing of the order in which a catalogue 
     STAGE/TABLE               rows
     ingest/interactions       one a usable interaction
     ingest/items              one an item, in `item` order
+    ingest/other_ids          one an item and column of the catalogue that is another id; for the audit alone
     ingest/rejected           one an input row that was set aside, with file, row and reason
     sequences/histories       one a training history: everything a user met in the training split, in time order
     sequences/train           one an alignment example: a cut of a history into (history, target)
     sequences/validation      one an evaluation row, with its candidates
     sequences/test            as validation; never read before `evaluate`
+    audit/rules               one a rule without learning
     users/items               one an item: its SASRec vector
     users/train|validation|test   one a row of the split of that name: the user's vector after `history`
     negatives/train           one a row of sequences/train
@@ -56,6 +58,8 @@ REJECTED = pa.schema(
     ]
 )
 
+OTHER_IDS = pa.schema([("item", ITEM), ("column", pa.string()), ("number", pa.int64())])
+
 HISTORIES = pa.schema([("row", pa.int64()), ("user_id", pa.string()), ("items", ITEMS)])
 
 EXAMPLES = pa.schema([("row", pa.int64()), ("user_id", pa.string()), ("history", ITEMS), ("target", ITEM)])
@@ -97,5 +101,20 @@ RANKED_ROWS = pa.schema(
         ("num_candidates", pa.int32()),
         ("rank", pa.int32()),  # of the target, from 1, ties against us
         ("ranked", ITEMS),  # the candidates, best first, at most `evaluate.keep_ranked`
+    ]
+)
+
+AUDIT = pa.schema(
+    [
+        ("rule", pa.string()),
+        ("kind", pa.string()),  # baseline or suspect
+        ("metric", pa.string()),  # hr@1
+        ("value", pa.float64()),
+        ("low", pa.float64()),  # null where too few users leave the interval unknown
+        ("high", pa.float64()),
+        ("chance", pa.float64()),  # of drawing one candidate at random
+        ("verdict", pa.string()),  # leak, look or clear
+        ("reason", pa.string()),
+        ("advice", pa.string()),
     ]
 )

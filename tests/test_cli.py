@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import recray.cli
@@ -16,7 +17,9 @@ from pipelines.recipes import RECIPES, find
 from recray import __version__
 from recray.config import Pipeline
 from recray.errors import ConfigError, DataError
+from recray.schema import AUDIT
 from recray.stages.flow import MAIN_JOB, STAGES
+from recray.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,12 +117,47 @@ def test_run_runs_the_main_job(recray_line: Terminal, tmp_path: Path) -> None:
     assert recray_line.ran[0]["force"] == frozenset()
 
 
+ALONE = tuple(name for name in STAGES if name != "audit")
+
+
 def test_a_stage_command_runs_that_stage(recray_line: Terminal, tmp_path: Path) -> None:
-    for name in STAGES:
+    for name in ALONE:
         line = (name, "--recipe", "demo", "--workspace", str(tmp_path), "--force", name, "--force", "sft")
         assert recray_line(*line)[0] == 0
-    assert [run["names"] for run in recray_line.ran] == [(name,) for name in STAGES]
+    assert [run["names"] for run in recray_line.ran] == [(name,) for name in ALONE]
     assert recray_line.ran[0]["force"] == {"ingest", "sft"}
+
+
+def _write_audit(folder: Path, verdict: str) -> None:
+    numbers = {"metric": "hr@1", "value": 0.8, "low": 0.7, "high": 0.9, "chance": 0.05}
+    texts = {"verdict": verdict, "reason": "More than behaviour.", "advice": "Take another split."}
+    rule = {"rule": "smallest id above", "kind": "suspect", **numbers, **texts}
+    with Workspace(str(folder)).stage("audit", version=1, part={}, seed=0, inputs={}) as out:
+        out.write_table("rules", pa.Table.from_pylist([rule], schema=AUDIT))
+        out.write_json("facts.json", [{"fact": "cold targets", "number": None, "of": None, "note": "no clock"}])
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("leak", 1), ("look", 0), ("clear", 0)])
+def test_audit_runs_what_it_needs_and_ends_with_1_at_a_leak(
+    recray_line: Terminal, tmp_path: Path, verdict: str, code: int
+) -> None:
+    _write_audit(tmp_path, verdict)
+    line = ("audit", "--recipe", "demo", "--workspace", str(tmp_path), "--fresh-candidates")
+    ended, out, err = recray_line(*line)
+    assert ended == code
+    assert out.startswith(f"{verdict:<5}  smallest id above")
+    assert "HR@1 0.800 [0.700, 0.900]  (chance 0.050)" in out
+    assert "cold targets: not known" in out
+    assert ("Take another split." in err) == (verdict == "leak")
+    assert recray_line.ran[0]["names"] == ("ingest", "sequences", "audit")
+    assert recray_line.ran[0]["pipeline"].sequences.fresh_candidates
+
+
+def test_run_tells_of_a_leak_and_goes_on(recray_line: Terminal, tmp_path: Path) -> None:
+    _write_audit(tmp_path, "leak")
+    code, _, err = recray_line("run", "--recipe", "demo", "--workspace", str(tmp_path))
+    assert code == 0
+    assert "Take another split." in err
 
 
 def test_data_is_found_from_any_folder(recray_line: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

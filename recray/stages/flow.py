@@ -27,6 +27,7 @@ STAGES = {
     for stage in (
         Stage("ingest", 1, ()),
         Stage("sequences", 1, ("ingest",)),
+        Stage("audit", 1, ("ingest", "sequences")),
         Stage("users", 1, ("ingest", "sequences")),
         Stage("sft", 1, ("ingest", "sequences")),
         Stage("negatives", 1, ("ingest", "sequences")),
@@ -35,8 +36,8 @@ STAGES = {
         Stage("evaluate", 1, ("ingest", "sequences", "users", "sft", "align")),
         Stage(
             "report",
-            1,
-            ("ingest", "sequences", "users", "sft", "negatives", "reference", "align", "evaluate"),
+            2,
+            ("ingest", "sequences", "audit", "users", "sft", "negatives", "reference", "align", "evaluate"),
         ),
         Stage("tune", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
     )

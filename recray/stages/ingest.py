@@ -41,6 +41,7 @@ from recray.data.logs import (
     resolve,
     sampled_users,
 )
+from recray.data.other_ids import read_other_ids
 from recray.data.reading import File, Piece, column_names, nearest, pieces_of, read_piece
 from recray.data.synthetic import generate
 from recray.errors import DataError
@@ -82,6 +83,7 @@ def run(job: Job) -> None:
     log = _read(source.fs, source.interactions, _names(columns), clean, item_ids)
     published = _read(source.fs, _checked(source), SEQUENCE_COLUMNS, cleaned_sequences, item_ids)
     job.out.write_table("items", items)
+    job.out.write_table("other_ids", read_other_ids(source.items_fs, source.items, part.columns, item_ids))
     _write_rejected(job, [each for each in (log, published) if each is not None])
     users = _write_interactions(job, part, log, num_items=len(items))
     _write_published(job, part, published, users)
