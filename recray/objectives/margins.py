@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from recray.objectives.sharing import products
+
 
 def confidence(
     user_vector: Float[Tensor, "B D"], item_vector: Float[Tensor, "K D"], sample_vector: Float[Tensor, "C D"]
@@ -26,8 +28,8 @@ def confidence(
     A percentile, because raw scores have a scale of their own for every user. +1/2: liked less than all of the sample,
     surely a negative; -1/2: liked more than all of it, likely a false one.
     """
-    score = user_vector @ item_vector.T
-    sample = (user_vector @ sample_vector.T).sort(dim=1).values.contiguous()
+    score = products(user_vector, item_vector)
+    sample = products(user_vector, sample_vector).sort(dim=1).values
     below = torch.searchsorted(sample, score.contiguous(), side="left")
     up_to = torch.searchsorted(sample, score.contiguous(), side="right")
     return 0.5 - (below + up_to).to(score.dtype) / (2 * sample.shape[1])
@@ -42,6 +44,7 @@ def batch_margin(mean_score: float, centre: float, *, base: float, slope: float)
     """Return the released code's one margin a batch: base * (1 - slope * (M - centre)).
 
     M is the mean raw auxiliary score of all negatives used and `centre` its moving average: negatives that look liked
-    ask for less. Clamped at 0, which the release does not do.
+    ask for less. Clamped at 0, which the release does not do; NaN where M is, so that the loss shows it.
     """
-    return max(0.0, base * (1 - slope * (mean_score - centre)))
+    margin = base * (1 - slope * (mean_score - centre))
+    return 0.0 if margin < 0 else margin

@@ -15,12 +15,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+ELEMENTS_AT_ONCE = 2**22  # of [B, G, N] worked on together: 32 MiB an array in float64
+
 
 def similarity(borrower: Float[Tensor, "B D"], owner: Float[Tensor, "G D"], *, cosine: bool) -> Float[Tensor, "B G"]:
     """Return the cosine or the dot product of every borrower's vector with every owner's."""
     if cosine:
         borrower, owner = normalize(borrower, dim=1), normalize(owner, dim=1)
-    return borrower @ owner.T
+    return products(borrower, owner)
+
+
+def products(left: Float[Tensor, "B D"], right: Float[Tensor, "K D"]) -> Float[Tensor, "B K"]:
+    """Return `left @ right.T`, each row the same to the last bit in whatever company it is.
+
+    A matrix product rounds a row by how many others there are. Who is similar and what is liked less than the sample
+    are matters of order, so the last bit would make them depend on how a global batch is cut.
+    """
+    return torch.stack([right @ row.clone() for row in left]) if len(left) else left @ right.T
+
+
+def borrower_chunks(borrowers: int, owners: int, negatives: int) -> list[slice]:
+    """Return which of B borrowers to take together: as many as make `ELEMENTS_AT_ONCE` of [B, G, N], one at least."""
+    each = max(1, ELEMENTS_AT_ONCE // max(1, owners * negatives))
+    return [slice(first, min(borrowers, first + each)) for first in range(0, borrowers, each)]
 
 
 def own_only(place: Int[Tensor, " B"], owners: int) -> Bool[Tensor, "B G"]:

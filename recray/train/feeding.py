@@ -20,7 +20,15 @@ from recray.data.examples import Examples, ExampleShards
 from recray.lm.layout import Layout
 from recray.lm.scorer import lay_out, lay_out_streams, segment_lengths, segments_of
 from recray.objectives.margins import confidence
-from recray.objectives.sharing import above_threshold, own_only, similarity, top_fraction, usable_negatives
+from recray.objectives.sharing import (
+    above_threshold,
+    borrower_chunks,
+    own_only,
+    products,
+    similarity,
+    top_fraction,
+    usable_negatives,
+)
 from recray.train.order import Order, rows_of_step
 from recray.train.units import MicroBatch, Unit, split
 
@@ -83,23 +91,25 @@ class AlignFeed:
         self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
     ) -> dict[str, ndarray]:
         """Return who may use which negative, and the borrower's confidence in each."""
-        settings = self._objective
         place, user = torch.from_numpy(mine), torch.from_numpy(examples.user)
         vectors = torch.from_numpy(examples.vector)
         negatives = items[:, 1:]
         lends = self._lends(vectors, place, user)
-        forbidden = None
-        if settings.guard:
-            forbidden = torch.from_numpy(forbidden_items(examples, items, mine))
-        usable = usable_negatives(lends, forbidden, place, negatives.shape[1])
         vector = self._item_vectors[torch.from_numpy(negatives.reshape(-1).astype(np.int64))]
-        sure = confidence(vectors[place], vector, self._sample_vectors).reshape(usable.shape)
-        liking = (vectors[place] @ vector.T).reshape(usable.shape)
-        return {
-            "usable": usable.contiguous().numpy(),
-            "confidence": sure.numpy(),
-            "liking_sum": (liking * usable).sum().reshape(1).numpy(),
-        }
+        usable = np.empty((mine.size, *negatives.shape), dtype=bool)
+        sure = np.empty(usable.shape, dtype=np.float32)
+        liking = 0.0
+        for rows in borrower_chunks(*usable.shape):
+            own, shape = place[rows], usable[rows].shape
+            forbidden = None
+            if self._objective.guard:
+                forbidden = torch.from_numpy(forbidden_items(examples, items, mine[rows]))
+            may = usable_negatives(lends[rows], forbidden, own, negatives.shape[1])
+            usable[rows] = may.numpy()
+            sure[rows] = confidence(vectors[own], vector, self._sample_vectors).reshape(shape).numpy()
+            if self._objective.margin == "batch":
+                liking += float((products(vectors[own], vector).reshape(shape).double() * may).sum())
+        return {"usable": usable, "confidence": sure, "liking_sum": np.array([liking])}
 
     def _lends(self, vectors: Tensor, place: Tensor, user: Tensor) -> Tensor:
         settings = self._objective

@@ -19,7 +19,7 @@ from recray.data.tokenizer import train_tokenizer
 from recray.lm.load import make_model, save_model
 from recray.lm.scorer import ItemScorer, score_rows
 
-ROWS, ITEMS = 24, 30
+ROWS, ITEMS = 60, 30
 
 RunGroup = Callable[[str, int, list[str]], None]
 

@@ -64,7 +64,7 @@ def by_autograd(world: Any, objective: Objective, step: int) -> tuple[float, lis
     usable = torch.from_numpy(arrays["usable"][back])
     sure = torch.from_numpy(arrays["confidence"][back])
     if objective.name == "napo":
-        margin = per_negative_margin(sure, base=objective.margin_base, slope=objective.margin_slope)
+        margin = per_negative_margin(sure.double(), base=objective.margin_base, slope=objective.margin_slope)
         losses = napo_loss(ratio[:, 0], ratio[:, 1:], margin, usable, beta=objective.beta)
     else:
         losses = sdpo_loss(ratio[:, 0], ratio[:, 1:], beta=objective.beta)
