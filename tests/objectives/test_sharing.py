@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from recray.objectives.sharing import (
     above_threshold,
     own_only,
+    products,
     similarity,
     top_fraction,
     usable_negatives,
@@ -63,3 +64,13 @@ def test_the_guard_masks_borrowed_negatives_and_leaves_own_ones() -> None:
 
 def test_own_only_is_the_identity_on_ones_places() -> None:
     assert lenders(own_only(torch.tensor([2, 0]), 3)) == [[2], [0]]
+
+
+def test_a_product_is_the_same_to_the_last_bit_in_whatever_company_it_is_made() -> None:
+    rng = torch.Generator().manual_seed(0)
+    left, right = torch.randn(24, 16, generator=rng), torch.randn(360, 16, generator=rng)
+    whole = products(left, right)
+    assert_close(whole, left @ right.T)
+    for size in (1, 2, 3, 5, 8, 13):
+        assert torch.equal(torch.cat([products(part, right) for part in left.split(size)]), whole)
+    assert products(left[:0], right).shape == (0, 360)

@@ -1,13 +1,19 @@
 """Feeds: which rows, whose negatives, and that the cut does not change what is in a step."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy import ndarray
 
 from recray.config import Objective
 from recray.data.catalogue import Catalogue
 from recray.data.prompts import find_template
 from recray.train.feeding import AlignFeed, ExampleFeed, Share, StreamFeed, forbidden_items, windows_of
 from recray.train.order import Order, rows_of_step
+from recray.train.units import Unit
 
 ORDER = Order(num_rows=24, global_batch=8, seed=5)
 
@@ -113,3 +119,109 @@ def test_a_prompt_that_lists_candidates_does_not_give_the_target_away(world) -> 
         for row in rows_of_step(ORDER, 0).tolist()
     ]
     assert (micro.layout.segment >= 0).sum() == sum(lengths)
+
+
+Feeds = dict[str, Callable[[int, Share], AlignFeed | StreamFeed | ExampleFeed]]
+
+
+@pytest.fixture(scope="module")
+def feeds(world) -> Feeds:  # type: ignore[no-untyped-def]
+    """Every feed, by global batch and cut."""
+    shown = find_template("instruction_candidates")
+    catalogue = Catalogue.build(world.catalogue.labels, world.tokenizer, shown, 400)
+    lengths = np.array([history.size for history in world.histories])
+    windows = int(windows_of(lengths, 3)[0].size)
+
+    def align(batch: int, share: Share) -> AlignFeed:
+        order = Order(24, batch, 5, window_rows=7)
+        return AlignFeed(world.shards, world.catalogue, world.item_vectors, order, share, Objective(), num_negatives=3)
+
+    def stream(batch: int, share: Share) -> StreamFeed:
+        return StreamFeed(world.histories, world.catalogue, Order(windows, batch, 5), share, window_items=3)
+
+    def example(batch: int, share: Share) -> ExampleFeed:
+        return ExampleFeed(world.histories, np.arange(24), catalogue, Order(24, batch, 5), share)
+
+    return {"align": align, "stream": stream, "example": example}
+
+
+def contents(units: list[Unit]) -> dict[int, list[ndarray]]:
+    """For each place of the global batch what the model is given for it: tokens, and what they are scored as."""
+    found: dict[int, list[ndarray]] = {}
+    for unit in units:
+        for micro in unit.micro_batches:
+            layout = micro.layout
+            for number, place in enumerate(micro.places.tolist()):
+                assert place not in found
+                inside = layout.segment == number
+                scored = inside.ravel()[layout.source]
+                found[place] = [
+                    layout.tokens[inside],
+                    layout.positions[inside],
+                    layout.branch[inside],
+                    layout.label[scored],
+                    np.array(unit.arrays["reference"][place] if "reference" in unit.arrays else 0.0),
+                ]
+    return found
+
+
+def draws(
+    feed: AlignFeed | StreamFeed | ExampleFeed, batch: int, step: int, world: int
+) -> dict[tuple[int, int], bytes]:
+    """The same by (epoch, row)."""
+    units = [feed.unit(step, rank) for rank in range(world)]
+    rows = units[0].rows
+    of_epoch = feed._order.num_rows
+    return {
+        ((step * batch + place) // of_epoch, rows[place]): b"".join(array.tobytes() for array in arrays)
+        for place, arrays in contents(units).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["align", "stream", "example"])
+@settings(max_examples=30)
+@given(
+    worlds=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    batches=st.tuples(st.integers(1, 9), st.integers(1, 30)),
+    cut=st.tuples(st.integers(30, 400), st.integers(1, 4)),
+    position=st.integers(0, 120),
+)
+def test_what_is_drawn_for_a_row_follows_from_seed_epoch_and_row(
+    feeds: Feeds,
+    kind: str,
+    worlds: tuple[int, int],
+    batches: tuple[int, int],
+    cut: tuple[int, int],
+    position: int,
+) -> None:
+    # Two runs that cut the data differently and are resumed where they like meet the same row in the same epoch.
+    one, other = (
+        draws(feeds[kind](batch, share), batch, position // batch, share.world_size)
+        for batch, share in zip(batches, (Share(worlds[0], *cut), Share(worlds[1], 10**6)), strict=True)
+    )
+    assert len(one) == batches[0]
+    assert one.keys() & other.keys()
+    for key in one.keys() & other.keys():
+        assert one[key] == other[key]
+
+
+@pytest.mark.parametrize("kind", ["stream", "example"])
+def test_another_epoch_draws_anew(feeds: Feeds, kind: str) -> None:
+    feed = feeds[kind](1, Share(1, 10**6))
+    seen: dict[int, set[bytes]] = {}
+    for step in range(3 * feed._order.num_rows):
+        for (_, row), what in draws(feed, 1, step, 1).items():
+            seen.setdefault(row, set()).add(what)
+    assert max(len(each) for each in seen.values()) > 1
+
+
+@pytest.mark.parametrize("name", ["usable", "confidence"])
+def test_not_one_bit_of_a_borrowers_part_depends_on_its_company(world, name: str) -> None:  # type: ignore[no-untyped-def]
+    # A percentile among a sample: where a matrix product rounds by how many rows it has, a tie breaks.
+    order = Order(24, 24, 5)
+    found = []
+    for share in (Share(1, 10**6), Share(2, 10**6), Share(3, 10**6), Share(5, 90), Share(24, 10**6)):
+        feed = AlignFeed(world.shards, world.catalogue, world.item_vectors, order, share, Objective(), num_negatives=4)
+        found.append(whole(feed, share.world_size, name))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
