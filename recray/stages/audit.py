@@ -49,7 +49,7 @@ from recray.ranking.split_facts import (
     time_facts,
     times_of,
 )
-from recray.ranking.verdicts import BASELINE, LEAK, LISTED, ORDERED, SUSPECT, Measured, judge, leaks, line
+from recray.ranking.verdicts import BASELINE, DRAWN, LEAK, LISTED, ORDERED, SUSPECT, Measured, judge, leaks, line
 from recray.schema import AUDIT
 from recray.stages.flow import Job
 from recray.workspace import Workspace
@@ -185,10 +185,11 @@ def _suspects(job: Job, orders: list[Order], histories: Training, num_items: int
     what = "one order of the items that all histories follow"
     suspects.append(Suspect("one order of all histories", NextInOrder(hidden), ORDERED, what))
     lists = _lists(job)
+    family = LISTED if _published_lists(job.workspace, "test") is not None else DRAWN
     suspects += [
-        Suspect("list overlap", ListOverlap.of(lists, num_items), LISTED),
-        Suspect("target's share of lists", TargetShare.of(lists, num_items), LISTED),
-        Suspect("position in the list", Position.of(_validation_lists(job.workspace)), LISTED),
+        Suspect("list overlap", ListOverlap.of(lists, num_items), family),
+        Suspect("target's share of lists", TargetShare.of(lists, num_items), family),
+        Suspect("position in the list", Position.of(_validation_lists(job.workspace)), family),
     ]
     return suspects
 
@@ -200,16 +201,24 @@ def _validation_lists(workspace: Workspace) -> Lists:
 def _lists(job: Job) -> Lists:
     """Return candidate lists with their targets: of validation, and of training rows where they were published."""
     validation = _validation_lists(job.workspace)
-    settings = job.workspace.require("sequences").part
-    if settings["split"] != "published" or settings["fresh_candidates"]:
+    train = _published_lists(job.workspace, "train")
+    if train is None:
         return validation
-    published = job.workspace.table("ingest", "published", ["split", "target", "candidates"])
-    train = published.filter(pc.and_(pc.equal(published["split"], "train"), pc.is_valid(published["candidates"])))
-    both = [validation, _lists_of(train)] if train.num_rows else [validation]
+    both = [validation, _lists_of(train)]
     joined = Lists(*(np.concatenate(columns) for columns in zip(*both, strict=True)))
     candidates, lengths = _some(joined.candidates, joined.lengths, FITTED_LISTS, job.seed)
     chosen = _chosen(len(joined.lengths), FITTED_LISTS, job.seed)
     return Lists(candidates, lengths, joined.targets[chosen])
+
+
+def _published_lists(workspace: Workspace, split: str) -> pa.Table | None:
+    """Return the published rows of a split that have candidates, if they have any and these are used."""
+    settings = workspace.require("sequences").part
+    if settings["split"] != "published" or settings["fresh_candidates"]:
+        return None
+    published = workspace.table("ingest", "published", ["split", "target", "candidates"])
+    rows = published.filter(pc.and_(pc.equal(published["split"], split), pc.is_valid(published["candidates"])))
+    return rows if rows.num_rows else None
 
 
 def _lists_of(table: pa.Table) -> Lists:
@@ -264,11 +273,17 @@ def _measured(
     users = sample["user_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
     values = np.stack(list(found.values()), axis=1).astype(np.float64)
     means = clustered_means(values, users, samples=part.bootstrap_samples, confidence=part.confidence, seed=seed)
+    best = int(np.argmax(means.value[: len(baselines)]))
+    leads = clustered_means(
+        values - values[:, [best]], users, samples=part.bootstrap_samples, confidence=part.confidence, seed=seed
+    )
+    bounds = np.stack([means.low, means.high, leads.low], axis=1)
     measured = []
     for place, each in enumerate([*baselines, *suspects]):
-        low, high = (None if np.isnan(bound[place]) else float(bound[place]) for bound in (means.low, means.high))
+        low, high, lead_low = (None if np.isnan(bound) else float(bound) for bound in bounds[place])
         kind = BASELINE if place < len(baselines) else SUSPECT
-        measured.append(Measured(each.name, kind, float(means.value[place]), low, high, each.family, each.what))
+        value = float(means.value[place])
+        measured.append(Measured(each.name, kind, value, low, high, each.family, each.what, lead_low))
     lengths = pc.list_value_length(sample["candidates"]).to_numpy()
     return measured, float((1.0 / lengths).mean())
 
