@@ -17,6 +17,7 @@ from torch import Tensor
 from recray.config import Objective
 from recray.data.catalogue import Catalogue
 from recray.data.examples import Examples, ExampleShards
+from recray.errors import ConfigError
 from recray.lm.layout import Layout
 from recray.lm.scorer import lay_out, lay_out_streams, segment_lengths, segments_of
 from recray.objectives.margins import confidence
@@ -32,6 +33,8 @@ from recray.objectives.sharing import (
 from recray.train.order import Order, rows_of_step
 from recray.train.units import MicroBatch, Unit, split
 
+BORROWED_BYTES = 5  # of a unit for each of [B, G, N]: may it be used, and a confidence in float32
+MOST_BORROWED = 2**30  # bytes of those in a unit, which travels through an object store
 SHOWN = 20  # items that a prompt lists while the model learns to read it, target included
 
 
@@ -44,7 +47,11 @@ class Share(NamedTuple):
 
 
 class AlignFeed:
-    """Makes units of alignment examples."""
+    """Makes units of alignment examples.
+
+    Raises:
+        ConfigError: if a rank's part in who may borrow what would take more than `MOST_BORROWED` bytes.
+    """
 
     def __init__(
         self,
@@ -58,6 +65,7 @@ class AlignFeed:
         num_negatives: int,
         sample_items: int = 512,
     ) -> None:
+        _refuse_wide_sharing(order.global_batch, share.world_size, num_negatives)
         self._shards, self._catalogue, self._order, self._share = shards, catalogue, order, share
         self._objective, self.num_negatives = objective, num_negatives
         self._item_vectors = item_vectors
@@ -119,6 +127,20 @@ class AlignFeed:
         if settings.sharing == "threshold":
             return above_threshold(similar, place, user, threshold=settings.sharing_threshold)
         return top_fraction(similar, place, user, fraction=settings.sharing_fraction)
+
+
+def _refuse_wide_sharing(global_batch: int, world_size: int, negatives: int) -> None:
+    """Raise where an even share of the global batch is too much for one unit."""
+    rows = -(-global_batch // world_size)
+    asked = BORROWED_BYTES * rows * global_batch * negatives
+    if asked <= MOST_BORROWED:
+        return
+    raise ConfigError(
+        f"a global batch of {global_batch} users with {negatives} negatives over {world_size} ranks is {rows} users a "
+        f"rank, each of which may borrow from all: {asked / 2**30:.1f} GiB a rank and step, and at most "
+        f"{MOST_BORROWED / 2**30:.1f} GiB are allowed; use more workers, a smaller align.global_batch or fewer "
+        f"align.num_negatives"
+    )
 
 
 def forbidden_items(examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> Bool[ndarray, "B G N"]:

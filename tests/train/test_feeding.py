@@ -1,5 +1,6 @@
 """Feeds: which rows, whose negatives, and that the cut does not change what is in a step."""
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,9 @@ from numpy import ndarray
 from recray.config import Objective
 from recray.data.catalogue import Catalogue
 from recray.data.prompts import find_template
+from recray.errors import ConfigError
+from recray.objectives import sharing
+from recray.train import feeding
 from recray.train.feeding import AlignFeed, ExampleFeed, Share, StreamFeed, forbidden_items, windows_of
 from recray.train.order import Order, rows_of_step
 from recray.train.units import Unit
@@ -225,3 +229,42 @@ def test_not_one_bit_of_a_borrowers_part_depends_on_its_company(world, name: str
         found.append(whole(feed, share.world_size, name))
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize("margin", ["per_negative", "batch"])
+def test_borrowing_worked_out_in_chunks_is_the_same_and_takes_less(  # type: ignore[no-untyped-def]
+    world, monkeypatch: pytest.MonkeyPatch, margin: str
+) -> None:
+    order = Order(24, 240, 5)  # rows meet themselves again: the size is what matters
+    found, peaks = [], []
+    for size in (240 * 3 * 10, 2**22):
+        monkeypatch.setattr(sharing, "ELEMENTS_AT_ONCE", size)
+        feed = AlignFeed(
+            world.shards,
+            world.catalogue,
+            world.item_vectors,
+            order,
+            Share(1, 10**6),
+            Objective(margin=margin),
+            num_negatives=3,
+        )
+        examples = world.shards.take(rows_of_step(order, 0))
+        items, mine = examples.items[:, :4], np.arange(240)
+        feed._borrowing(examples, items, mine)
+        tracemalloc.start()
+        found.append(feed._borrowing(examples, items, mine))
+        peaks.append(tracemalloc.get_traced_memory()[1] - sum(array.nbytes for array in found[-1].values()))
+        tracemalloc.stop()
+    chunked, whole = found
+    np.testing.assert_array_equal(chunked["usable"], whole["usable"])
+    np.testing.assert_array_equal(chunked["confidence"], whole["confidence"])
+    np.testing.assert_allclose(chunked["liking_sum"], whole["liking_sum"], rtol=1e-12)
+    assert peaks[0] < peaks[1] / 2
+
+
+def test_more_sharing_than_a_unit_may_hold_is_refused(world, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    align_feed(world, Share(1, 10**6))
+    monkeypatch.setattr(feeding, "MOST_BORROWED", 5 * 4 * 8 * 3)
+    align_feed(world, Share(2, 10**6))
+    with pytest.raises(ConfigError, match="8 users with 3 negatives over 1 ranks.*more workers, a smaller"):
+        align_feed(world, Share(1, 10**6))

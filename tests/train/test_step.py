@@ -1,17 +1,24 @@
 """The step in score space against plain autograd through everything, and what it reports."""
 
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recray.config import Lora, Objective
 from recray.lm.layout import candidate_layout
 from recray.lm.lora import add_adapter
 from recray.lm.scorer import ItemScorer, segments_of, sum_by_slot, to_device
+from recray.objectives import sharing
 from recray.objectives.margins import per_negative_margin
 from recray.objectives.napo import napo_loss
 from recray.objectives.sdpo import sdpo_loss
@@ -19,6 +26,7 @@ from recray.train.feeding import AlignFeed, Share, StreamFeed, windows_of
 from recray.train.order import Order, rows_of_step
 from recray.train.reference import scores_of_copy, scores_without_adapter
 from recray.train.step import AlignStep, MarginCentre, learning_rate_at, stream_step
+from recray.train.units import MicroBatch, Unit
 
 ORDER = Order(num_rows=24, global_batch=9, seed=5)
 
@@ -216,3 +224,171 @@ def test_dropout_in_training_does_not_touch_the_reference(world: Any) -> None:
         torch.testing.assert_close(scores, right, atol=1e-5, rtol=0)
         assert scorer.training
         assert not scores.requires_grad
+
+
+class Kept:
+    """Bytes that autograd holds for backward: now, and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is saved inside, each storage once for as long as it is held."""
+        held: dict[int, int] = {}
+
+        def let_go(key: int, size: int) -> None:
+            held[key] -= 1
+            if not held[key]:
+                self.now -= size
+
+        def pack(tensor: Tensor) -> list[Tensor]:
+            storage = tensor.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes()
+            if not held.get(key):
+                self.now += size
+                self.most = max(self.most, self.now)
+            held[key] = held.get(key, 0) + 1
+            box = Box([tensor])
+            weakref.finalize(box, let_go, key, size)
+            return box
+
+        with saved_tensors_hooks(pack, lambda box: box[0]):
+            yield
+
+
+class Box(list):  # type: ignore[type-arg]
+    """A list that can be referred to weakly."""
+
+
+def repeated(unit: Unit, times: int) -> Unit:
+    """The same micro-batch over and over, as so many micro-batches of one global batch."""
+    (micro,) = unit.micro_batches
+    each = micro.places.size
+    every = times * each
+    negatives = unit.arrays["usable"].shape[2]
+    rng = np.random.default_rng(0)
+    arrays = {
+        "place": np.arange(every),
+        "reference": np.tile(unit.arrays["reference"][micro.places], (times, 1)),
+        "usable": np.ones((every, every, negatives), dtype=bool),
+        "confidence": rng.uniform(-0.5, 0.5, size=(every, every, negatives)).astype(np.float32),
+        "liking_sum": np.zeros(1),
+    }
+    micro_batches = [MicroBatch(np.arange(each) + each * number, micro.layout) for number in range(times)]
+    return Unit(unit.step, unit.rank, micro_batches, arrays, list(range(every)))
+
+
+def test_what_is_kept_for_backward_is_one_micro_batch_however_many_there_are(world: Any) -> None:
+    order = Order(24, 3, 5)
+    share = Share(1, 10**6)
+    feed = AlignFeed(world.shards, world.catalogue, world.item_vectors, order, share, Objective(), num_negatives=4)
+    most = {}
+    for times in (2, 16):
+        kept, unit = Kept(), repeated(feed.unit(0, 0), times)
+        with kept.counted():
+            AlignStep(Objective(), MarginCentre())(Recorder(world.scorer()), unit, learning_rate=0.0)
+        assert kept.now == 0
+        most[times] = kept.most
+    assert most[16] == most[2] > 10**5
+
+
+@pytest.fixture
+def in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """At most so many elements of [B, G, N] at once: two borrowers of the nine."""
+    size = 2 * 9 * 4 + 5
+    monkeypatch.setattr(sharing, "ELEMENTS_AT_ONCE", size)
+    return size
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and not leaf._is_view()]
+        self.elements = max(self.elements, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(beta=0.5),
+        Objective(beta=0.5, subtract_log_pool=True, sharing="threshold", sharing_threshold=0.0),
+        Objective(beta=0.5, margin="batch"),
+        Objective(beta=0.5, detach_shared=True),
+        Objective(name="sdpo", beta=0.5),
+    ],
+    ids=["napo", "log_pool", "batch", "detached", "sdpo"],
+)
+def test_borrowers_taken_in_chunks_add_up(world: Any, objective: Objective, in_small_chunks: int) -> None:
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    scores = torch.from_numpy(np.random.default_rng(3).normal(-30, 2, size=(9, 5)))
+    reference = torch.from_numpy(unit.arrays["reference"])
+    found, largest = [], []
+    for size in (in_small_chunks, 2**22):
+        sharing.ELEMENTS_AT_ONCE = size
+        step = AlignStep(objective, MarginCentre())
+        with Largest() as mode:
+            found.append(step._differentiate(scores.clone(), reference, unit))
+        largest.append(mode.elements)
+    chunked, whole = found
+    assert (chunked.grad - whole.grad).norm() <= 1e-12 * whole.grad.norm()
+    torch.testing.assert_close(chunked.losses, whole.losses, rtol=1e-12, atol=0)
+    assert chunked.metrics == pytest.approx(whole.metrics, rel=1e-12)
+    assert largest[1] >= 9 * 9 * 4
+    assert largest[0] <= in_small_chunks
+
+
+@pytest.mark.parametrize("share", [Share(1, 10**6), Share(1, 10**6, 3)])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_bad_score_is_laid_to_its_row_and_not_to_those_who_borrow_it(world: Any, bad: float, share: Share) -> None:
+    objective = Objective(beta=0.5, sharing_fraction=1.0, guard=False)
+    unit = feed_of(world, share, objective).unit(1, 0)
+    unit.arrays["reference"][4, 3] = bad
+    engine, centre = Recorder(world.scorer()), MarginCentre(0.5)
+    result = AlignStep(objective, centre)(engine, unit, learning_rate=0.0)
+    assert result.skipped
+    assert result.bad_rows == (unit.rows[4],)
+    assert any(not gradient.isfinite().all() for gradient in engine.gradients)  # which no engine takes
+
+
+def test_where_scores_are_finite_and_a_loss_is_not_its_row_is_named(world: Any) -> None:
+    objective = Objective(name="sdpo", beta=1e300)
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    unit.arrays["reference"][4, 3] = -3e38
+    result = AlignStep(objective, MarginCentre())(Recorder(world.scorer()), unit, learning_rate=0.0)
+    assert result.metrics["loss"] == math.inf
+    assert (result.skipped, result.bad_rows) == (True, (unit.rows[4],))
+
+
+def test_where_only_the_gradient_overflows_all_rows_of_the_step_are_named(world: Any) -> None:
+    objective = Objective(margin="batch")
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    engine, centre = Recorder(world.scorer()), MarginCentre(0.5)
+    engine.step = lambda _: math.inf  # type: ignore[method-assign]
+    result = AlignStep(objective, centre)(engine, unit, learning_rate=0.0)
+    assert math.isfinite(result.metrics["loss"])
+    assert result.skipped
+    assert result.bad_rows == tuple(sorted(set(unit.rows)))
+    assert centre.value == 0.5  # as if the step had not been
+
+
+def test_a_sound_step_names_nobody(world: Any) -> None:
+    unit = feed_of(world, Share(1, 10**6), Objective()).unit(1, 0)
+    result = AlignStep(Objective(), MarginCentre())(Recorder(world.scorer()), unit, learning_rate=0.0)
+    assert (result.skipped, result.bad_rows) == (False, ())
+
+
+def test_a_margin_that_is_no_number_skips_the_step_and_is_forgotten(world: Any) -> None:
+    objective = Objective(margin="batch")
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    unit.arrays["liking_sum"][0] = math.nan
+    centre = MarginCentre(0.5)
+    assert AlignStep(objective, centre)(Recorder(world.scorer()), unit, learning_rate=0.0).skipped
+    assert centre.value == 0.5
