@@ -151,6 +151,9 @@ class Optimiser(Part):
     gradient_checkpointing: bool = Field(
         False, description="Layers are run again in backward, so that only their inputs are kept."
     )
+    most_skipped: Annotated[int, Field(ge=0)] = Field(
+        10, description="Steps skipped as loss or gradient were not finite; one more ends the run."
+    )
 
 
 class Sft(Part):
@@ -257,6 +260,17 @@ class Resources(Part):
     cpus_per_worker: Positive = Field(0.5, description="Logical CPUs set aside a trainer; the rest feeds it.")
     gpus_per_worker: NonNegative = 0.0
     threads_per_worker: Count = Field(2, description="Torch threads, without a GPU.")
+    min_workers: Count | None = Field(
+        None, description="Go on with as few when machines are lost, and with num_workers when they are back."
+    )
+    max_restarts: Annotated[int, Field(ge=-1)] = Field(
+        8, description="Starts of a fit's workers after a crash or a lost machine; then it gives up. -1: never."
+    )
+    checkpoint_every_s: NonNegative = Field(600.0, description="Seconds; validations write one as well.")
+    keep_checkpoints: Count = Field(2, description="The newest; the best weights are kept besides.")
+    hang_after_s: Positive = Field(
+        1800.0, description="A worker that gets nothing done for so long is ended, and the fit goes on."
+    )
     data_actors: Count = Field(1, description="Model replicas for scoring and embedding.")
 
 
@@ -285,6 +299,15 @@ class Pipeline(Part):
             raise ValueError(
                 f"align.num_negatives or tune.num_negatives asks for {wanted} negatives a row, but negatives.num "
                 f"draws {self.negatives.num}; raise negatives.num or lower the others"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_can_shrink(self) -> Self:
+        if self.resources.min_workers is not None and self.resources.min_workers > self.resources.num_workers:
+            raise ValueError(
+                f"resources.min_workers is {self.resources.min_workers}, more than resources.num_workers, "
+                f"{self.resources.num_workers}"
             )
         return self
 

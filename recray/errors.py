@@ -5,7 +5,10 @@
     ├── DataError         the logs, the catalogue or a table can't be used
     ├── CatalogueError    titles, tokenizer and prompt do not fit together
     ├── ModelError        a model folder can't be loaded or does not fit the tokenizer
-    └── WorkspaceError    a workspace is of another configuration, incomplete, or out of date
+    ├── WorkspaceError    a workspace is of another configuration, incomplete, or out of date
+    ├── CheckpointError   the state of an interrupted fit can't be written, read or converted
+    ├── DivergenceError   losses or gradients are no longer finite; names the rows
+    └── StopRequestedError, MachineLeavingError   a fit was told to end, and has written its checkpoint
 
 A message says what was got, what was expected and what to do. These errors cross process borders,
 so each takes exactly one argument: pickling an exception calls its class with `args`.
@@ -37,3 +40,19 @@ class ModelError(RecrayError):
 
 class WorkspaceError(RecrayError):
     """A workspace is of another configuration, incomplete, or out of date."""
+
+
+class CheckpointError(RecrayError):
+    """The state of an interrupted fit can't be written, read or converted."""
+
+
+class DivergenceError(RecrayError):
+    """Losses or gradients were not finite in too many steps; names the rows that caused it."""
+
+
+class StopRequestedError(RecrayError):
+    """The run was told to end; its checkpoint is written."""
+
+
+class MachineLeavingError(RecrayError):
+    """A worker was told that its machine goes away; the checkpoint is written, and the fit goes on elsewhere."""

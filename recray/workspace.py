@@ -127,8 +127,11 @@ class Workspace:
         pafs.copy_files(str(local), self.path(*parts), destination_filesystem=self.fs)
 
     def remove(self, *parts: str) -> None:
-        """Remove a folder, if it is there."""
-        if self.exists(*parts):
+        """Remove a file or folder, if it is there."""
+        info: pafs.FileInfo = self.fs.get_file_info(self.path(*parts))
+        if info.type == pafs.FileType.File:
+            self.fs.delete_file(self.path(*parts))
+        elif info.type == pafs.FileType.Directory:
             self.fs.delete_dir(self.path(*parts))
 
     def require(self, stage: str) -> Manifest:

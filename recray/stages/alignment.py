@@ -185,6 +185,7 @@ def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
         chosen.warmup_fraction,
         chosen.final_fraction,
         clock_limit_s=part.seconds,
+        most_skipped=chosen.most_skipped,
     )
     return fit(
         engine,

@@ -5,12 +5,14 @@ their order, and a streaming split of equal blocks over W readers hands block b 
 units in order of steps, whatever the data tasks' timing. The loop checks the stamp of each.
 """
 
+import faulthandler
 import json
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,20 +26,16 @@ import torch
 from pyarrow import fs as pafs
 from ray.data import ActorPoolStrategy, DataIterator, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    DataConfig,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 
 from recray.config import Resources
+from recray.errors import DivergenceError, StopRequestedError
+from recray.stages.notice import Listener, ListeningTorch, board_for_workers
+from recray.train.checkpoint import CheckpointStore, folder_of
+from recray.train.context import Notice
 from recray.train.log import MetricsLog
-from recray.train.loop import BEST, Progress
+from recray.train.loop import METRICS, PROGRESS, Progress
 from recray.train.units import Unit, pack_unit, unpack_unit
 from recray.workspace import Workspace
 
@@ -46,7 +44,10 @@ logger = logging.getLogger(__name__)
 FEED_CPUS = 0.25
 NUMBER_CPUS = 0.1
 PROGRESS_EVERY_S = 15.0
-UNITS = "units"
+ARM_EVERY_S = 1.0
+UNITS, ENDED = "units", "ended.json"
+# Every rank raises these alike, and starting the group again would end the same way.
+FINAL = {error.__name__: error for error in (DivergenceError, StopRequestedError)}
 
 
 class Feed(Protocol):
@@ -127,9 +128,9 @@ def unit_dataset(make_feed: MakeFeed, world_size: int, *, first_step: int, steps
 class OrderedFeed(DataConfig):  # type: ignore[misc]  # ray.train is untyped
     """Gives every rank its own units in order, for whatever number of ranks the group (re)starts with."""
 
-    def __init__(self, make_feed: MakeFeed, steps: int, workspace: Workspace, run: str) -> None:
+    def __init__(self, make_feed: MakeFeed, steps: int, store: CheckpointStore) -> None:
         super().__init__()
-        self._make_feed, self._steps, self._workspace, self._run = make_feed, steps, workspace, run
+        self._make_feed, self._steps, self._store = make_feed, steps, store
 
     def configure(
         self,
@@ -140,28 +141,44 @@ class OrderedFeed(DataConfig):  # type: ignore[misc]  # ray.train is untyped
         **_: Any,
     ) -> list[dict[str, DataIterator]]:
         """Return one iterator a rank, from the step of the newest checkpoint on."""
-        first = checkpointed_step(self._workspace, self._run)
+        newest = self._store.newest()
+        first = 0 if newest is None else newest.step
         units = unit_dataset(self._make_feed, world_size, first_step=first, steps=self._steps)
         return [{UNITS: iterator} for iterator in units.streaming_split(world_size, equal=False)]
 
 
 class RayContext:
-    """A rank of a Ray Train group, as the loop sees it."""
+    """A rank of a Ray Train group, as the loop sees it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: For people.
+        store: Of the run's checkpoints.
+        resources: When a checkpoint is due, and when a rank that says nothing is taken for hung.
+        board: Where the driver says that the run shall end.
+    """
+
+    def __init__(self, name: str, store: CheckpointStore, resources: Resources, board: Any) -> None:
         self._context = ray.train.get_context()
-        self._name = name
+        self._name, self._store, self._resources = name, store, resources
+        self._listener = Listener(board if self.rank == 0 else None)
         self._shown = time.monotonic()
+        self._armed = float("-inf")
+        self._arm()
 
     @property
     def rank(self) -> int:
         """This process's number in the group."""
         return int(self._context.get_world_rank())
 
-    def resume_folder(self) -> Path | None:
-        """Return the last reported checkpoint, copied here unless its storage is local, or None."""
-        checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else _local(checkpoint)
+    @property
+    def store(self) -> CheckpointStore:
+        """Where the run's checkpoints are."""
+        return self._store
+
+    @property
+    def checkpoint_every_s(self) -> float:
+        """Seconds after which a checkpoint is due."""
+        return self._resources.checkpoint_every_s
 
     def units(self, first_step: int) -> Iterator[Unit]:
         """Yield this rank's units from `first_step` on."""
@@ -171,15 +188,29 @@ class RayContext:
             if unit.step >= first_step:
                 yield unit
 
-    def report(self, metrics: Mapping[str, float], folder: Path) -> None:
-        """Hand metrics and a checkpoint folder to Ray Train; returns when the folder is stored."""
-        ray.train.report(dict(metrics), checkpoint=Checkpoint.from_directory(str(folder)))
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hand metrics to Ray Train."""
+        ray.train.report(dict(metrics))
 
     def progress(self, step: int, steps: int, text: str) -> None:
-        """Log where rank 0 is, every few seconds."""
+        """Put off the end of a hung process, and log where rank 0 is, every few seconds."""
+        self._arm()
         if self.rank == 0 and time.monotonic() - self._shown > PROGRESS_EVERY_S:
             self._shown = time.monotonic()
             logger.info("%s: step %d of at most %d (%.0f %%), %s", self._name, step, steps, 100 * step / steps, text)
+
+    def notice(self) -> Notice:
+        """Return what this rank has been told."""
+        return self._listener.notice()
+
+    def _arm(self) -> None:
+        """End this process, with the traceback of every thread in its log, unless it is heard of again in time.
+
+        The watch is a thread without Python in it: it sees a process that hangs in a collective or holds the lock.
+        """
+        if time.monotonic() - self._armed > ARM_EVERY_S:
+            self._armed = time.monotonic()
+            faulthandler.dump_traceback_later(self._resources.hang_after_s, exit=True, file=2)
 
 
 @dataclass(frozen=True)
@@ -196,39 +227,63 @@ class Fit:
 class Fitted:
     """What a run left: its best weights and everything it logged."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.folder = _local(checkpoint)
-        self.weights_file = self.folder / BEST
-        self.progress = Progress(**json.loads((self.folder / "progress.json").read_text()))
-        self.metrics: list[dict[str, Any]] = json.loads((self.folder / "metrics.json").read_text())
+    def __init__(self, store: CheckpointStore) -> None:
+        saved = store.newest()
+        if saved is None or saved.best is None:
+            raise RuntimeError(f"{store.root} holds no checkpoint although the fit has ended")
+        own = folder_of(saved.step)
+        self._store, self._saved = store, saved
+        self.progress = Progress(**json.loads(store.read(f"{own}/{PROGRESS}")))
+        self.metrics: list[dict[str, Any]] = [
+            json.loads(line) for line in store.read(f"{own}/{METRICS}").decode().splitlines()
+        ]
 
-
-def _local(checkpoint: Checkpoint) -> Path:
-    if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
-        return Path(checkpoint.path)  # a copy would be left behind in the temporary folder at every resumption
-    return Path(checkpoint.to_directory())
+    @contextmanager
+    def weights(self) -> Iterator[Path]:
+        """Yield the file of the best weights, as safetensors."""
+        assert self._saved.best is not None
+        with self._store.opened(self._saved, self._saved.best) as folder:
+            yield folder / self._saved.best
 
 
 def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: list[Any] | None = None) -> Fitted:
-    """Run `fit.work` on every worker, resuming a run of the same name; raise the first worker's own error."""
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"fit": fit, "workspace": workspace, "threads": resources.threads_per_worker},
-        scaling_config=scaling(resources),
-        torch_config=backend(resources),
-        run_config=RunConfig(
-            name=fit.run,
-            storage_path=workspace.path(".training"),
-            storage_filesystem=workspace.fs,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=2),
-            logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=callbacks,
-        ),
-        datasets={UNITS: ray.data.read_datasource(UnitNumbers(1))},  # a place to put the feed
-        dataset_config=OrderedFeed(fit.make_feed, fit.steps, workspace, fit.run),
-    )
-    return Fitted(trainer.fit().checkpoint)
+    """Run `fit.work` on every worker, going on where a run of the same name was; raise the first worker's own error.
+
+    Raises:
+        DivergenceError: if too many steps had a loss or gradient that was not finite.
+        StopRequestedError: if this process got SIGTERM meanwhile; the checkpoint is written.
+    """
+    store = checkpoints(workspace, fit.run, resources)
+    workspace.remove(".training", fit.run, ENDED)
+    with board_for_workers() as board:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"fit": fit, "workspace": workspace, "resources": resources, "board": board},
+            scaling_config=scaling(resources),
+            torch_config=backend(resources),
+            run_config=RunConfig(
+                name=fit.run,
+                storage_path=workspace.path(".training"),
+                storage_filesystem=workspace.fs,
+                failure_config=FailureConfig(max_failures=resources.max_restarts),
+                logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=callbacks,
+            ),
+            datasets={UNITS: ray.data.read_datasource(UnitNumbers(1))},  # a place to put the feed
+            dataset_config=OrderedFeed(fit.make_feed, fit.steps, store),
+        )
+        trainer.fit()
+    if workspace.exists(".training", fit.run, ENDED):
+        ended = workspace.json(".training", fit.run, ENDED)
+        workspace.remove(".training", fit.run, ENDED)
+        raise FINAL[ended["error"]](ended["message"])
+    return Fitted(store)
+
+
+def checkpoints(workspace: Workspace, run: str, resources: Resources) -> CheckpointStore:
+    """Return the store of a run's checkpoints."""
+    root = workspace.path(".training", run, "checkpoints")
+    return CheckpointStore(workspace.fs, root, keep=resources.keep_checkpoints)
 
 
 def scaling(resources: Resources) -> ScalingConfig:
@@ -236,14 +291,17 @@ def scaling(resources: Resources) -> ScalingConfig:
     each: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker > 0:
         each["GPU"] = resources.gpus_per_worker
+    number = resources.num_workers
     return ScalingConfig(
-        num_workers=resources.num_workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=each
+        num_workers=number if resources.min_workers is None else (resources.min_workers, number),
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker=each,
     )
 
 
-def backend(resources: Resources) -> TorchConfig:
+def backend(resources: Resources) -> ListeningTorch:
     """Return what workers' collectives run on."""
-    return TorchConfig(backend="nccl" if resources.gpus_per_worker > 0 else "gloo")
+    return ListeningTorch(backend="nccl" if resources.gpus_per_worker > 0 else "gloo")
 
 
 def log_folder(workspace: Workspace, run: str) -> str:
@@ -251,29 +309,25 @@ def log_folder(workspace: Workspace, run: str) -> str:
     return workspace.path(".training", f"{run}-log")
 
 
-def checkpointed_step(workspace: Workspace, run: str) -> int:
-    """Return the step of the newest checkpoint that Ray Train will resume from, 0 if there is none."""
-    snapshot = (".training", run, "checkpoint_manager_snapshot.json")
-    if not workspace.exists(*snapshot):
-        return 0
-    latest = workspace.json(*snapshot).get("latest_checkpoint_result")
-    if not latest:
-        return 0
-    progress = (".training", run, latest["checkpoint_dir_name"], "progress.json")
-    return int(workspace.json(*progress)["step"]) if workspace.exists(*progress) else 0
-
-
 def _worker(config: dict[str, Any]) -> None:
     """Run on every rank: the loop, with a log of its own on rank 0."""
     fit: Fit = config["fit"]
     workspace: Workspace = config["workspace"]
+    resources: Resources = config["resources"]
     if not torch.cuda.is_available():
-        torch.set_num_threads(config["threads"])
-    context = RayContext(fit.name)
+        torch.set_num_threads(resources.threads_per_worker)
+    context = RayContext(fit.name, checkpoints(workspace, fit.run, resources), resources, config["board"])
     local = isinstance(workspace.fs, pafs.LocalFileSystem)
     folder = log_folder(workspace, fit.run) if local else tempfile.mkdtemp(prefix="recray-log-")
     own = Path(folder) if context.rank == 0 else Path(tempfile.mkdtemp(prefix="recray-log-"))
-    fit.work(context, MetricsLog(own))
+    try:
+        fit.work(context, MetricsLog(own))
+    except tuple(FINAL.values()) as error:
+        if context.rank == 0:
+            ended = {"error": type(error).__name__, "message": str(error)}
+            workspace.write_json(ended, ".training", fit.run, ENDED)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if context.rank == 0 and not local:
         target = log_folder(workspace, fit.run)
         pafs.copy_files(folder, target, destination_filesystem=workspace.fs)

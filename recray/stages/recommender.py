@@ -141,12 +141,14 @@ def write_fitted(
         base: What the adapter's folder says it belongs to.
     """
     with TemporaryDirectory(prefix="recray-model-") as name:
-        folder = Path(name) / "model"
-        if lora is None:
-            write_weights(fitted.weights_file, start, folder)
-        else:
-            write_adapted(fitted.weights_file, start, folder, Path(name) / "adapter", lora=lora, base=base)
-            out.write_folder("adapter", Path(name) / "adapter")
+        folder, adapter = Path(name) / "model", Path(name) / "adapter"
+        with fitted.weights() as file:
+            if lora is None:
+                write_weights(file, start, folder)
+            else:
+                write_adapted(file, start, folder, adapter, lora=lora, base=base)
+        if lora is not None:
+            out.write_folder("adapter", adapter)
         out.write_folder("model", folder)
     lines = [json.dumps(line) for line in fitted.metrics]
     out.write_bytes("metrics.jsonl", ("\n".join(lines) + "\n").encode())
@@ -189,6 +191,7 @@ def _facts(fitted: Fitted) -> dict[str, Any]:
         "best_step": progress.best_step,
         "best_validation_ndcg@10": progress.best,
         "training_seconds": round(progress.seconds, 1),
+        "skipped_steps": progress.skipped,
     }
 
 

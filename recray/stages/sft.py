@@ -166,7 +166,15 @@ def _work(
     chosen = part.optimiser
     engine = engine_of(model, chosen)
     rows = validation_rows(workspace, part.validation_rows, seed)
-    plan = Plan(steps, every, part.patience, chosen.learning_rate, chosen.warmup_fraction, chosen.final_fraction)
+    plan = Plan(
+        steps,
+        every,
+        part.patience,
+        chosen.learning_rate,
+        chosen.warmup_fraction,
+        chosen.final_fraction,
+        most_skipped=chosen.most_skipped,
+    )
     return fit(
         engine,
         context,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recray.distributed.collectives import sum_over_ranks, world
+from recray.train.universal import universal_copy
 
 
 @runtime_checkable
@@ -47,8 +48,16 @@ class Engine(Protocol):
     def save(self, folder: Path, tag: str) -> None:
         """Write what a resumed run needs, of frozen weights nothing; a collective."""
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read it back; a collective."""
+    def load(self, folder: Path, tag: str, *, saved_by: int) -> None:
+        """Read it back, on any number of ranks; a collective.
+
+        What it reads may be pickled: the caller has made sure that it is what this run wrote.
+
+        Args:
+            folder: Given to `save`.
+            tag: Given to `save`.
+            saved_by: How many ranks wrote it.
+        """
 
 
 class PlainEngine:
@@ -90,7 +99,7 @@ class PlainEngine:
             module = {name: tensor for name, tensor in self.module.state_dict().items() if name in self._kept}
             torch.save({"module": module, "optimiser": self._optimiser.state_dict()}, folder / f"{tag}.pt")
 
-    def load(self, folder: Path, tag: str) -> None:
+    def load(self, folder: Path, tag: str, *, saved_by: int) -> None:  # noqa: ARG002 - it holds everything, whole
         state = torch.load(folder / f"{tag}.pt", weights_only=True)
         missing, unexpected = self.module.load_state_dict(state["module"], strict=False)
         if unexpected or self._kept & set(missing):
@@ -182,8 +191,33 @@ class DeepSpeedEngine:
         finally:
             drop.remove()
 
-    def load(self, folder: Path, tag: str) -> None:
-        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
+    def load(self, folder: Path, tag: str, *, saved_by: int) -> None:
+        # Without ZeRO all of it is in one file, whatever the number of ranks.
+        if saved_by == self._world_size or self._stage == 0:
+            self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._frozen)
+            return
+        with universal_copy(folder, tag) as universal, self._own_hyperparameters():
+            self._engine._config.load_universal_checkpoint = True
+            try:
+                self._engine.load_checkpoint(str(universal), tag=tag, load_module_strict=not self._frozen)
+            finally:
+                self._engine._config.load_universal_checkpoint = False
+
+    @contextmanager
+    def _own_hyperparameters(self) -> Iterator[None]:
+        """Undo what loading a universal checkpoint at ZeRO-3 does besides, seen in DeepSpeed 0.19.8.
+
+        It gives every group the weight decay of the first, and all of them one step counter, which each update then
+        advances as often as there are groups.
+        """
+        optimiser = self._engine.optimizer
+        decays = [group["weight_decay"] for group in optimiser.param_groups]
+        yield
+        for group, decay in zip(optimiser.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in getattr(optimiser, "optimizer", optimiser).state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,9 +17,9 @@ class MetricsLog:
         self._file = folder / "metrics.jsonl"
         self._events = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one line of `kind` "train" or "validation"."""
-        line = {"kind": kind, "step": step, **metrics}
+    def write(self, kind: str, step: int, metrics: Mapping[str, float], **labels: str) -> None:
+        """Add one line of `kind` "train" or "validation"; labels stand beside the metrics, and make no event."""
+        line = {"kind": kind, "step": step, **metrics, **labels}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in metrics.items():

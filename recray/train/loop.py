@@ -1,18 +1,26 @@
-"""The training loop: eats units in order, validates, keeps the best weights, and can be interrupted."""
+"""The training loop: eats units in order, validates, keeps the best weights, and can be interrupted anywhere."""
 
 import json
 import logging
-import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import save_file
+import numpy as np
+import torch
 
-from recray.errors import RecrayError
-from recray.train.context import WorkerContext
+from recray.distributed.collectives import sum_over_ranks
+from recray.errors import (
+    CheckpointError,
+    DivergenceError,
+    MachineLeavingError,
+    RecrayError,
+    StopRequestedError,
+)
+from recray.train.checkpoint import CheckpointWriter, Saved, folder_of
+from recray.train.context import Notice, WorkerContext
 from recray.train.engine import Engine
 from recray.train.log import MetricsLog
 from recray.train.step import MarginCentre, StepResult, learning_rate_at
@@ -20,9 +28,11 @@ from recray.train.units import Unit
 
 logger = logging.getLogger(__name__)
 
-STATE = "state"
-BEST = "best.safetensors"
+STATE, PROGRESS, METRICS = "state", "progress.json", "metrics.jsonl"
 WATCHED = "ndcg@10"
+NAMED_ROWS = 20
+
+TakeStep = Callable[[Engine, Unit, float], StepResult]
 
 
 class Plan(NamedTuple):
@@ -35,6 +45,7 @@ class Plan(NamedTuple):
     warmup_fraction: float
     final_fraction: float
     clock_limit_s: float | None = None  # stop at the next validation after so many seconds of steps
+    most_skipped: int = 10  # steps with a loss or gradient that is not finite; one more ends the run
 
 
 @dataclass
@@ -42,59 +53,118 @@ class Progress:
     """Where a run stands: what a checkpoint holds beside weights and optimiser."""
 
     step: int = 0
+    validated: int = -1  # the last step at which validation was run
     best: float = float("-inf")
     best_step: int = 0
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # of steps; validation, start-up and waiting for data not counted
     centre: float | None = None  # of the batch margin
+    skipped: int = 0  # steps whose loss or gradient was not finite
 
 
 def fit(
     engine: Engine,
     context: WorkerContext,
     plan: Plan,
-    take_step: Callable[[Engine, Unit, float], StepResult],
+    take_step: TakeStep,
     validate: Callable[[], dict[str, float]],
     log: MetricsLog,
     centre: MarginCentre,
 ) -> Progress:
     """Train to the plan's end or until validation stops getting better; return where it ended.
 
-    The start counts: step 0 is validated, so that training which only does harm leaves the weights it was given. Each
-    validation reports a checkpoint that holds the state of every rank and the best weights so far.
+    It goes on from the newest whole checkpoint of the context's store, and leaves one there when it ends. The start
+    counts: step 0 is validated, so that training which only does harm leaves the weights it was given. Checkpoints are
+    written after each validation, when one is due by the clock, and when a rank has notice that it will be ended.
+
+    Raises:
+        MachineLeavingError, StopRequestedError: on every rank, after such a notice; the checkpoint is written by then.
+        DivergenceError: on every rank, if too many steps had a loss or gradient that was not finite; names the rows.
+        CheckpointError: if the last checkpoint can't be written.
     """
-    progress = _resume(engine, context, log, centre)
-    if progress.step == 0:
-        _look_up(engine, context, progress, validate, log, centre)
-    units = context.units(progress.step)
-    while progress.step < plan.steps and not _is_over(progress, plan):
-        _train_until(
-            min(plan.steps, progress.step + plan.validate_every),
-            engine,
-            context,
-            plan,
-            take_step,
-            log,
-            units,
-            progress,
-        )
-        _look_up(engine, context, progress, validate, log, centre)
-    log.close()
-    return progress
+    return _Run(engine, context, plan, take_step, validate, log, centre).to_the_end()
 
 
-def _train_until(
-    last: int,
-    engine: Engine,
-    context: WorkerContext,
-    plan: Plan,
-    take_step: Callable[[Engine, Unit, float], StepResult],
-    log: MetricsLog,
-    units: Iterator[Unit],
-    progress: Progress,
-) -> None:
-    engine.module.train()
-    while progress.step < last:
+class _Run:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        context: WorkerContext,
+        plan: Plan,
+        take_step: TakeStep,
+        validate: Callable[[], dict[str, float]],
+        log: MetricsLog,
+        centre: MarginCentre,
+    ) -> None:
+        self.engine, self.context, self.plan, self.log = engine, context, plan, log
+        self.take_step, self.validate, self.centre = take_step, validate, centre
+        self.progress = Progress()
+        self.writer = self.resume()
+        self.checkpointed = time.monotonic()
+
+    def resume(self) -> CheckpointWriter:
+        """Go to where the newest whole checkpoint was; the same one on every rank."""
+        store, saved = self.context.store, self.newest()
+        if saved is not None:
+            with store.opened(saved) as folder:
+                own = folder / folder_of(saved.step)
+                self.engine.load(own, STATE, saved_by=saved.world_size)
+                self.progress = Progress(**json.loads((own / PROGRESS).read_text()))
+                lines = (own / METRICS).read_text().splitlines()
+            self.centre.value = self.progress.centre
+            if self.context.rank == 0:
+                self.log.restore([json.loads(line) for line in lines])
+                logger.info("goes on from the checkpoint of step %d", saved.step)
+        return CheckpointWriter(store, self.engine.device, saved)
+
+    def newest(self) -> Saved | None:
+        """Return the newest whole checkpoint as rank 0 sees it; what is newer or half-written is removed."""
+        store, saved = self.context.store, None
+        if self.context.rank == 0:
+            saved = store.newest()
+            store.clean(saved)
+        own = torch.tensor([0 if saved is None else saved.step + 1], device=self.engine.device)
+        chosen = int(sum_over_ranks(own).item())
+        return store.manifest(chosen - 1) if chosen else None
+
+    def to_the_end(self) -> Progress:
+        """Train, validate and write checkpoints until the plan says so."""
+        progress, plan = self.progress, self.plan
+        units: Iterator[Unit] | None = None
+        while True:
+            if progress.validated != progress.step and (
+                progress.step % plan.validate_every == 0 or progress.step == plan.steps
+            ):
+                self.look_up()
+            if progress.validated == progress.step and self.is_over():
+                break
+            units = units or self.context.units(progress.step)
+            self.train_until(min(plan.steps, (progress.step // plan.validate_every + 1) * plan.validate_every), units)
+        self.settle_the_last()
+        self.log.close()
+        return progress
+
+    def train_until(self, last: int, units: Iterator[Unit]) -> None:
+        """Take steps up to the next validation, and look out for what comes between."""
+        self.engine.module.train()
+        while self.progress.step < last:
+            self.one_step(units)
+            machine, run, due = self.signals()
+            if machine or run:
+                self.write()
+                kept = self.writer.settle()
+                state = f"the checkpoint of step {self.progress.step} {'is' if kept else 'could NOT be'} written"
+                if run:
+                    raise StopRequestedError(f"stopped as asked: {state}; run again to go on from there")
+                raise MachineLeavingError(f"a machine goes away: {state}, the others go on from there")
+            if due and self.progress.step < last:
+                self.write()
+
+    def one_step(self, units: Iterator[Unit]) -> None:
+        """Take one step and log it."""
+        progress, plan, context = self.progress, self.plan, self.context
         started = time.perf_counter()
         unit = next(units)
         fed = time.perf_counter()
@@ -110,79 +180,89 @@ def _train_until(
             warmup_fraction=plan.warmup_fraction,
             final_fraction=plan.final_fraction,
         )
-        result = take_step(engine, unit, rate)
+        result = self.take_step(self.engine, unit, rate)
         ended = time.perf_counter()
         progress.step += 1
         progress.seconds += ended - fed
+        if result.skipped:
+            self.count_skipped(result)
         timing = {
             "learning_rate": rate,
             "tokens_per_s": result.tokens / (ended - started),
             "data_wait_share": (fed - started) / (ended - started),
         }
         if context.rank == 0:
-            log.write("train", progress.step, result.metrics | timing)
+            self.log.write("train", progress.step, result.metrics | timing, rows=digest(unit.rows))
         context.progress(progress.step, plan.steps, f"loss {result.metrics['loss']:.4f}")
 
+    def count_skipped(self, result: StepResult) -> None:
+        """Say which rows cost a step, and stop when that has happened too often."""
+        progress, most = self.progress, self.plan.most_skipped
+        progress.skipped += 1
+        rows = ", ".join(str(row) for row in result.bad_rows[:NAMED_ROWS])
+        more = f" and {len(result.bad_rows) - NAMED_ROWS} more" if len(result.bad_rows) > NAMED_ROWS else ""
+        if self.context.rank == 0:
+            logger.warning("step %d is skipped: loss or gradient not finite, rows %s%s", progress.step, rows, more)
+        if progress.skipped > most:
+            raise DivergenceError(
+                f"loss or gradient were not finite in {progress.skipped} steps, {most} are allowed "
+                f"(optimiser.most_skipped); in the last, step {progress.step}, because of rows {rows}{more}: look at "
+                f"them in the stage's input tables, or lower optimiser.learning_rate"
+            )
 
-def _look_up(
-    engine: Engine,
-    context: WorkerContext,
-    progress: Progress,
-    validate: Callable[[], dict[str, float]],
-    log: MetricsLog,
-    centre: MarginCentre,
-) -> None:
-    """Validate, keep the best weights, and report a checkpoint."""
-    metrics = validate()
-    better = metrics[WATCHED] > progress.best
-    if better:
-        progress.best, progress.best_step, progress.stale = metrics[WATCHED], progress.step, 0
-    else:
-        progress.stale += 1
-    progress.centre = centre.value
-    if context.rank == 0:
-        log.write("validation", progress.step, metrics)
-        state = "the best so far" if better else f"best {progress.best:.4f} at step {progress.best_step}"
-        logger.info("step %d: %s %.4f, %s", progress.step, WATCHED, metrics[WATCHED], state)
-    with tempfile.TemporaryDirectory(prefix="recray-checkpoint-") as name:
-        folder = Path(name)
-        _write_checkpoint(folder, engine, context, progress, log, better=better)
-        context.report({**metrics, f"best_{WATCHED}": progress.best, "step": float(progress.step)}, folder)
+    def signals(self) -> tuple[bool, bool, bool]:
+        """Return whether a machine goes away, the run shall end, a checkpoint is due; the same on every rank."""
+        notice = self.context.notice()
+        late = time.monotonic() - self.checkpointed >= self.context.checkpoint_every_s
+        own = [notice is Notice.MACHINE, notice is Notice.RUN, late and self.context.rank == 0]
+        flags = sum_over_ranks(torch.tensor(own, dtype=torch.float32, device=self.engine.device)).tolist()
+        return flags[0] > 0, flags[1] > 0, flags[2] > 0
+
+    def look_up(self) -> None:
+        """Validate, keep the best weights, report, and write a checkpoint."""
+        progress = self.progress
+        metrics = self.validate()
+        progress.validated = progress.step
+        if metrics[WATCHED] > progress.best:
+            progress.best, progress.best_step, progress.stale = metrics[WATCHED], progress.step, 0
+            self.writer.keep_best(progress.step, self.engine.whole_weights())
+            state = "the best so far"
+        else:
+            progress.stale += 1
+            state = f"best {progress.best:.4f} at step {progress.best_step}"
+        if self.context.rank == 0:
+            self.log.write("validation", progress.step, metrics)
+            logger.info("step %d: %s %.4f, %s", progress.step, WATCHED, metrics[WATCHED], state)
+        self.context.report({**metrics, f"best_{WATCHED}": progress.best, "step": float(progress.step)})
+        self.write()
+
+    def write(self) -> None:
+        """Begin a checkpoint of now."""
+        self.progress.centre = self.centre.value
+        lines = [json.dumps(line) for line in self.log.lines()] if self.context.rank == 0 else []
+        texts = {PROGRESS: json.dumps(asdict(self.progress)), METRICS: "\n".join(lines)}
+        self.writer.write(self.progress.step, lambda folder: self.engine.save(folder, STATE), texts)
+        self.checkpointed = time.monotonic()
+
+    def settle_the_last(self) -> None:
+        """See that the run's end is kept: what comes after reads it."""
+        if self.writer.step is None or self.writer.settle():
+            return  # nothing was left to do, or all is well
+        self.write()
+        if not self.writer.settle():
+            raise CheckpointError(
+                f"the last checkpoint, of step {self.progress.step}, could not be written to {self.context.store.root} "
+                f"({self.writer.failure}); make room there and run again: it goes on from the one before"
+            )
+
+    def is_over(self) -> bool:
+        """Return whether the plan has been followed to its end."""
+        progress, plan = self.progress, self.plan
+        late = plan.clock_limit_s is not None and progress.seconds >= plan.clock_limit_s
+        stale = plan.patience is not None and progress.stale >= plan.patience
+        return late or stale or progress.step >= plan.steps
 
 
-def _write_checkpoint(
-    folder: Path, engine: Engine, context: WorkerContext, progress: Progress, log: MetricsLog, *, better: bool
-) -> None:
-    engine.save(folder, STATE)
-    weights = engine.whole_weights() if better else None
-    if context.rank != 0:
-        return
-    if weights is not None:
-        _best_file(log).parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, _best_file(log))
-    (folder / BEST).write_bytes(_best_file(log).read_bytes())
-    (folder / "progress.json").write_text(json.dumps(asdict(progress)))
-    (folder / "metrics.json").write_text(json.dumps(log.lines()))
-
-
-def _resume(engine: Engine, context: WorkerContext, log: MetricsLog, centre: MarginCentre) -> Progress:
-    folder = context.resume_folder()
-    if folder is None:
-        return Progress()
-    engine.load(folder, STATE)
-    progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    centre.value = progress.centre
-    if context.rank == 0:
-        log.restore(json.loads((folder / "metrics.json").read_text()))
-        _best_file(log).write_bytes((folder / BEST).read_bytes())
-        logger.info("resumed at step %d", progress.step)
-    return progress
-
-
-def _is_over(progress: Progress, plan: Plan) -> bool:
-    late = plan.clock_limit_s is not None and progress.seconds >= plan.clock_limit_s
-    return late or (plan.patience is not None and progress.stale >= plan.patience)
-
-
-def _best_file(log: MetricsLog) -> Path:
-    return log.folder / BEST
+def digest(rows: list[int]) -> str:
+    """Return 8 hex digits of the rows of a step, in order: with them, two traces of a run can be compared."""
+    return f"{zlib.crc32(np.array(rows, dtype=np.int64).tobytes()):08x}"

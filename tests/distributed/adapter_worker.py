@@ -75,7 +75,7 @@ def train(folder: Path, rank: int, world: int, setting: str) -> None:
         engine = engine_of(folder, kind, int(zero_stage))
         engine.module.train()
         if first:
-            engine.load(checkpoint, "state")
+            engine.load(checkpoint, "state", saved_by=world)
         for number in range(first, last):
             result = step(engine, unit_of(number), learning_rate=1e-2)
         if last < STEPS:

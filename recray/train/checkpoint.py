@@ -1,0 +1,351 @@
+"""Checkpoints: every rank's state in one place, valid when its manifest is there and every file is what it says.
+
+ROOT/00000012/manifest.json         written last: step, number of ranks, the SHA-256 of every file
+ROOT/00000012/state/...             of the engine, each rank's own
+ROOT/00000012/progress.json, metrics.jsonl
+ROOT/best/00000009.safetensors      the best weights up to then; several checkpoints may share one
+ROOT/.writing/00000012-3/           what rank 3 is writing, on a local file system
+
+ROOT is a folder of any file system that pyarrow knows: a disk, a share, an object store. Engines write on the critical
+path, as their state must not change meanwhile; hashing, uploading and the manifest are a thread's work beside training.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pyarrow import fs as pafs
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recray.distributed.collectives import sum_over_ranks, world
+from recray.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, BEST, WRITING = "manifest.json", "best", ".writing"
+READ_AT_ONCE = 1 << 22  # bytes
+LOOK_EVERY_S = 0.05
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is whole."""
+
+    step: int
+    world_size: int  # ranks that wrote it
+    files: dict[str, str]  # path below the store's root → SHA-256
+    best: str | None  # the file among them that holds the best weights
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        fs: The file system.
+        root: A folder of it, made when something is written.
+        keep: How many checkpoints to keep, the newest ones.
+    """
+
+    def __init__(self, fs: pafs.FileSystem, root: str, *, keep: int = 2) -> None:
+        self.fs, self.root, self.keep = fs, root, keep
+        self.is_local = isinstance(fs, pafs.LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """Return a path below the root, for use together with `fs`."""
+        return "/".join([self.root, *parts])
+
+    def newest(self) -> Saved | None:
+        """Return the newest checkpoint that is whole, and say which newer ones are not, and why."""
+        for step in sorted(self.steps(), reverse=True):
+            saved, wrong = self._read(step)
+            if saved is not None and wrong is None:
+                return saved
+            logger.warning("the checkpoint of step %d is passed over: %s; the one before it is looked at", step, wrong)
+        return None
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, whole or not."""
+        if self.fs.get_file_info(self.root).type == pafs.FileType.NotFound:
+            return []
+        names = [info.base_name for info in self.fs.get_file_info(pafs.FileSelector(self.root))]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def clean(self, saved: Saved | None) -> None:
+        """Remove everything newer than `saved` and everything half-written, before training goes on from it."""
+        for step in self.steps():
+            if saved is None or step > saved.step or not self.has(folder_of(step), MANIFEST):
+                self.fs.delete_dir(self.path(folder_of(step)))
+        if self.has(WRITING):
+            self.fs.delete_dir(self.path(WRITING))
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+        with self.fs.open_input_stream(self.path(name)) as stream:
+            content: bytes = stream.read()
+        return content
+
+    @contextmanager
+    def opened(self, saved: Saved, *names: str) -> Iterator[Path]:
+        """Yield a local folder with these files of a checkpoint, or all of them.
+
+        That is the store's own, or a copy, which is checked again, where the store is no local one.
+
+        Raises:
+            CheckpointError: if a copy is not what the manifest says.
+        """
+        if self.is_local:
+            yield Path(self.root)
+            return
+        with tempfile.TemporaryDirectory(prefix="recray-resume-") as folder:
+            for name in names or saved.files:
+                target = Path(folder) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                pafs.copy_files(self.path(name), str(target), source_filesystem=self.fs)
+                if (found := _hash_of(pafs.LocalFileSystem(), str(target))) != saved.files[name]:
+                    raise CheckpointError(
+                        f"{self.path(name)}: got SHA-256 {found}, its manifest says {saved.files[name]}; run again"
+                    )
+            yield Path(folder)
+
+    def commit(self, saved: Saved) -> None:
+        """Write the manifest, which makes the checkpoint count, and remove those that are too many."""
+        manifest = json.dumps(saved._asdict(), indent=1, sort_keys=True).encode()
+        target = self.path(folder_of(saved.step), MANIFEST)
+        with self.fs.open_output_stream(f"{target}.partial") as stream:
+            stream.write(manifest)
+        self.fs.move(f"{target}.partial", target)
+        try:
+            self._remove_old()
+        except OSError as error:
+            logger.warning("old checkpoints below %s could not be removed: %s", self.root, error)
+
+    def _remove_old(self) -> None:
+        whole = [step for step in self.steps() if self.has(folder_of(step), MANIFEST)]
+        for step in whole[: -self.keep]:
+            self.fs.delete_file(self.path(folder_of(step), MANIFEST))  # first, so that what is left never counts
+            self.fs.delete_dir(self.path(folder_of(step)))
+        self._remove_other_bests(whole[-self.keep :])
+
+    def _remove_other_bests(self, steps: list[int]) -> None:
+        if not self.has(BEST):
+            return
+        used = {self.manifest(step).best for step in steps}
+        for info in self.fs.get_file_info(pafs.FileSelector(self.path(BEST))):
+            if f"{BEST}/{info.base_name}" not in used:
+                self.fs.delete_file(info.path)
+
+    def _read(self, step: int) -> tuple[Saved | None, str | None]:
+        """Return what the manifest says, and what is wrong with it or with a file it names."""
+        if not self.has(folder_of(step), MANIFEST):
+            return None, "it has no manifest, so it was not finished"
+        try:
+            saved = self.manifest(step)
+        except (ValueError, TypeError, KeyError) as error:
+            return None, f"its manifest can't be read ({error})"
+        for name, expected in saved.files.items():
+            if not self.has(name):
+                return saved, f"{name} is missing"
+            if (found := _hash_of(self.fs, self.path(name))) != expected:
+                return saved, f"{name} is damaged (its SHA-256 is {found[:12]}…, not {expected[:12]}…)"
+        return saved, None
+
+    def manifest(self, step: int) -> Saved:
+        """Return what the manifest of a step says, its files not looked at."""
+        found: dict[str, Any] = json.loads(self.read(f"{folder_of(step)}/{MANIFEST}"))
+        return Saved(int(found["step"]), int(found["world_size"]), dict(found["files"]), found["best"])
+
+    def has(self, *parts: str) -> bool:
+        """Return whether a file or folder is there."""
+        return bool(self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound)
+
+
+class _Weights(NamedTuple):
+    """The best weights and the file they go to."""
+
+    name: str
+    tensors: dict[str, Tensor]
+
+
+class CheckpointWriter:
+    """One rank's part in writing checkpoints, at most one of them under way.
+
+    A checkpoint that can't be written, as the disk is full, costs a warning and not the run: training goes on, and the
+    next one is tried.
+    """
+
+    def __init__(self, store: CheckpointStore, device: torch.device, resumed: Saved | None = None) -> None:
+        self._store, self._device = store, device
+        self._rank, self._world_size = world()
+        self._kept: tuple[str, str] | None = None  # file and hash of the best weights that a manifest names
+        if resumed is not None and resumed.best is not None:
+            self._kept = resumed.best, resumed.files[resumed.best]
+        self._weights: _Weights | None = None  # better ones, until a manifest names them
+        self._thread: threading.Thread | None = None
+        self.failure: str | None = None  # of the last checkpoint, on this rank
+        self._own_part_done = threading.Event()
+        self._given_up = threading.Event()
+        self.step: int | None = None  # of the last checkpoint begun
+        self.seconds = 0.0  # that training waited
+
+    def keep_best(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Take the best weights so far, whole on rank 0; they are written with the next checkpoint."""
+        if self._rank == 0:
+            self._weights = _Weights(f"{BEST}/{folder_of(step)}.safetensors", dict(weights))
+
+    def write(self, step: int, write_state: Callable[[Path], None], texts: Mapping[str, str]) -> None:
+        """Write the checkpoint of a step; a collective, which returns when the state may change again.
+
+        Args:
+            step: Steps taken.
+            write_state: Writes this rank's state into a folder; a collective of the engine.
+            texts: Small files, written by rank 0.
+        """
+        self.settle()
+        started = time.perf_counter()
+        self.step = step
+        self.failure, self._own_part_done, self._given_up = None, threading.Event(), threading.Event()
+        try:
+            folder = self._staging(step)
+            write_state(folder)
+            if self._rank == 0:
+                for name, text in texts.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
+            self._fail(error)
+        else:
+            self._thread = threading.Thread(target=self._work, args=(step, folder, self._weights), daemon=True)
+            self._thread.start()
+        self.seconds += time.perf_counter() - started
+
+    def settle(self) -> bool:
+        """Wait for the checkpoint under way; return whether the last one counts. A collective."""
+        if self.step is None:
+            return False
+        started = time.perf_counter()
+        self._own_part_done.wait()
+        if self._has_failed():
+            self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failed = self._has_failed()  # rank 0 may have, at the manifest
+        if failed and self._rank == 0:
+            self._remove(self.step)
+        self.seconds += time.perf_counter() - started
+        return not failed
+
+    def _has_failed(self) -> bool:
+        """Return whether any rank has; a collective."""
+        return bool(sum_over_ranks(torch.tensor([float(self.failure is not None)], device=self._device)).item())
+
+    def _staging(self, step: int) -> Path:
+        if self._store.is_local:
+            folder = Path(self._store.path(WRITING, f"{folder_of(step)}-{self._rank}"))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            return folder
+        return Path(tempfile.mkdtemp(prefix="recray-checkpoint-"))
+
+    def _work(self, step: int, folder: Path, weights: _Weights | None) -> None:
+        """In a thread: hand over this rank's files; on rank 0, wait for the others' and write the manifest."""
+        try:
+            files = self._hand_over(step, folder, weights)
+            self._own_part_done.set()
+            if self._rank == 0:
+                self._finish(step, files, weights)
+        except Exception as error:  # noqa: BLE001 - a thread's error would be lost: settle tells of it
+            self._fail(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _hand_over(self, step: int, folder: Path, weights: _Weights | None) -> dict[str, str]:
+        """Bring own files into the store and return their hashes."""
+        files = {}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = f"{folder_of(step)}/{file.relative_to(folder).as_posix()}"
+            files[name] = self._bring(file, name)
+        if weights is not None:
+            save_file(weights.tensors, folder / BEST)
+            files[weights.name] = self._bring(folder / BEST, weights.name)
+        if self._rank != 0:
+            self._write_text(f"{folder_of(step)}/rank-{self._rank}.json", json.dumps(files))
+        return files
+
+    def _bring(self, file: Path, name: str) -> str:
+        """Move or upload one file; return its hash."""
+        found = _hash_of(pafs.LocalFileSystem(), str(file))
+        target = self._store.path(name)
+        self._store.fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        if self._store.is_local:
+            os.replace(file, target)
+        else:
+            pafs.copy_files(str(file), target, destination_filesystem=self._store.fs)
+        return found
+
+    def _finish(self, step: int, files: dict[str, str], weights: _Weights | None) -> None:
+        """Wait for the other ranks' files, and make the checkpoint count."""
+        store, waiting = self._store, list(range(1, self._world_size))
+        while waiting:
+            if self._given_up.wait(LOOK_EVERY_S):
+                return
+            name = f"{folder_of(step)}/rank-{waiting[0]}.json"
+            if not store.has(name):
+                continue
+            try:
+                files |= json.loads(store.read(name))
+            except ValueError:
+                continue  # still being written
+            store.fs.delete_file(store.path(name))
+            waiting.pop(0)
+        best = self._kept if weights is None else (weights.name, files[weights.name])
+        if best is not None:
+            files[best[0]] = best[1]
+        store.commit(Saved(step, self._world_size, files, None if best is None else best[0]))
+        self._kept = best
+        if self._weights is weights:  # and no better ones came meanwhile
+            self._weights = None
+
+    def _write_text(self, name: str, text: str) -> None:
+        with self._store.fs.open_output_stream(self._store.path(name)) as stream:
+            stream.write(text.encode())
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "rank %d could not write the checkpoint of step %s (%s); training goes on, the next one is tried",
+            self._rank,
+            self.step,
+            self.failure,
+        )
+        self._own_part_done.set()
+
+    def _remove(self, step: int) -> None:
+        """Give a full disk its room back."""
+        store = self._store
+        if step in store.steps() and not store.has(folder_of(step), MANIFEST):
+            store.fs.delete_dir(store.path(folder_of(step)))
+        if store.has(WRITING):
+            store.fs.delete_dir(store.path(WRITING))
+
+
+def folder_of(step: int) -> str:
+    """Return the name of a checkpoint's folder, below the store's root."""
+    return f"{step:08d}"
+
+
+def _hash_of(fs: pafs.FileSystem, path: str) -> str:
+    digest = hashlib.sha256()
+    with fs.open_input_stream(path, buffer_size=0) as stream:
+        while block := stream.read(READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
