@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from recray.ranking.verdicts import BASELINE, leaks
 from recray.report.tables import Entry, headline_measure, measure_name, model_name, plain, signed
 
 
@@ -67,6 +68,25 @@ def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidenc
         f"the same candidates; in brackets the {100 * confidence:g} % interval of the difference, clustered by user."
     )
     return sentences
+
+
+def audit_sentence(rules: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the audit comes to, in a sentence; the leaks themselves are told one by one.
+
+    Args:
+        rules: rows of `schema.AUDIT`.
+    """
+    if not rules:
+        return "The evaluation has not been audited."
+    best = max((rule for rule in rules if rule["kind"] == BASELINE), key=lambda rule: rule["value"])
+    beside = (
+        f"of behaviour alone, {best['rule']} finds most: HR@1 {plain(best['value'])} (chance {plain(best['chance'])})"
+    )
+    number = len(leaks(rules))
+    if number == 0:
+        return f"No rule without learning finds more than behaviour explains; {beside}."
+    told = "A rule without learning finds" if number == 1 else f"{number} rules without learning find"
+    return f"{told} more than behaviour explains, so results on these rows are not about people; {beside}."
 
 
 def _comparison(

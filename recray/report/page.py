@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from recray.ranking.verdicts import leaks
 from recray.report import plots, tables
-from recray.report.findings import findings, summary
+from recray.report.findings import audit_sentence, findings, summary
 from recray.workspace import Manifest
 
 MOST_FACTS = 24  # of a stage, on the page; the manifest has them all
@@ -55,6 +56,8 @@ class Contents:
     metrics: Sequence[tables.Entry] = ()
     differences: Sequence[tables.Entry] = ()
     exposure: Mapping[str, Any] | None = None
+    audit: Sequence[Mapping[str, Any]] = ()  # rows of `schema.AUDIT`
+    audit_facts: Sequence[Mapping[str, Any]] = ()  # `audit/facts.json`
     fits: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # metrics lines by stage
     examples: Sequence[Example] = ()
     pipeline: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +88,8 @@ def render(contents: Contents) -> str:
         contents=contents,
         summary=summary(contents.metrics, contents.differences, confidence=contents.confidence),
         findings=findings(contents.differences),
+        leaks=leaks(contents.audit),
+        audited=audit_sentence(contents.audit),
         measures=_table_measures(contents.metrics),
         pictures=_pictures(contents),
         fits=_fits(contents),

@@ -189,18 +189,16 @@ def _suspects(job: Job, orders: list[Order], histories: Training, num_items: int
     suspects += [
         Suspect("list overlap", ListOverlap.of(lists, num_items), family),
         Suspect("target's share of lists", TargetShare.of(lists, num_items), family),
-        Suspect("position in the list", Position.of(_validation_lists(job.workspace)), family),
+        Suspect("first in the list", Position(np.zeros(1, dtype=np.int64), from_end=False), family),
+        Suspect("last in the list", Position(np.zeros(1, dtype=np.int64), from_end=True), family),
+        Suspect("best place in the list", Position.of(lists), family),
     ]
     return suspects
 
 
-def _validation_lists(workspace: Workspace) -> Lists:
-    return _lists_of(workspace.table("sequences", "validation", ["target", "candidates"]))
-
-
 def _lists(job: Job) -> Lists:
     """Return candidate lists with their targets: of validation, and of training rows where they were published."""
-    validation = _validation_lists(job.workspace)
+    validation = _lists_of(job.workspace.table("sequences", "validation", ["target", "candidates"]))
     train = _published_lists(job.workspace, "train")
     if train is None:
         return validation

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
+from recray.ranking.verdicts import leaks
+from recray.report.findings import audit_sentence
 from recray.report.page import Column, Contents, Example, Shown, render
 from recray.report.tables import differences_table, results_table
 from recray.stages.flow import STAGES, Job
@@ -36,6 +38,7 @@ def run(job: Job) -> None:
         metrics=workspace.json("evaluate", "metrics.json"),
         differences=workspace.json("evaluate", "differences.json"),
         exposure=workspace.json("evaluate", "exposure.json"),
+        **_audit(workspace),
         fits={stage: _lines(workspace, stage) for stage in ("users", "sft", "align")},
         examples=_examples(workspace, job.part.examples, job.seed),
         pipeline=job.pipeline.model_dump(mode="json"),
@@ -48,7 +51,17 @@ def run(job: Job) -> None:
     console = Console()
     console.print(results_table(contents.metrics, confidence=confidence))
     console.print(differences_table(contents.differences, confidence=confidence))
+    if contents.audit:
+        console.print(audit_sentence(contents.audit), style="bold red" if leaks(contents.audit) else "")
     logger.info("report: %s", workspace.path("report", "report.html"))
+
+
+def _audit(workspace: Workspace) -> dict[str, Any]:
+    """Return what the page shows of the audit; nothing where there was none."""
+    if workspace.manifest("audit") is None:
+        return {}
+    rules = workspace.table("audit", "rules").to_pylist()
+    return {"audit": rules, "audit_facts": workspace.json("audit", "facts.json")}
 
 
 def _manifests(workspace: Workspace) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recray.report.findings import findings, summary, verdict
+from recray.report.findings import audit_sentence, findings, summary, verdict
 
 
 def _interval(value: float, low: float | None, high: float | None) -> dict[str, float | None]:
@@ -64,3 +64,19 @@ def test_findings_judge_every_pair() -> None:
     ]
     assert findings(pairs)[1].pair == "SFT − Popularity"
     assert findings([{"model": "a", "minus": "b", "mrr": _interval(0, 0, 0)}]) == []
+
+
+def _rule(name: str, kind: str, value: float, verdict: str) -> dict[str, object]:
+    return {"rule": name, "kind": kind, "value": value, "chance": 0.05, "verdict": verdict}
+
+
+def test_the_audit_in_a_sentence() -> None:
+    baselines = [_rule("popularity", "baseline", 0.2, "clear"), _rule("transitions", "baseline", 0.4, "clear")]
+    assert "not been audited" in audit_sentence([])
+    clear = audit_sentence([*baselines, _rule("nearest id", "suspect", 0.3, "look")])
+    assert clear.startswith("No rule without learning")
+    assert "transitions finds most: HR@1 0.400 (chance 0.050)" in clear
+    one = audit_sentence([*baselines, _rule("list overlap", "suspect", 0.9, "leak")])
+    assert one.startswith("A rule without learning finds more")
+    two = [_rule("list overlap", "suspect", 0.9, "leak"), _rule("nearest id", "suspect", 0.6, "leak")]
+    assert audit_sentence([*baselines, *two]).startswith("2 rules without learning find more")

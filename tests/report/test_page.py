@@ -202,3 +202,31 @@ def test_facts_are_flattened() -> None:
         ("many", "0, 1, 2, 3, 4, 5, … (9 in all)"),
         ("name", "text"),
     ]
+
+
+def _audit(verdict: str) -> list[dict[str, Any]]:
+    base = {"metric": "hr@1", "low": 0.1, "high": 0.3, "chance": 0.05, "reason": "", "advice": ""}
+    told = {"value": 0.9, "verdict": verdict, "reason": "More than behaviour.", "advice": HOSTILE}
+    return [
+        {**base, "rule": "popularity", "kind": "baseline", "value": 0.2, "verdict": "clear"},
+        {**base, "rule": "smallest id above", "kind": "suspect", **told},
+    ]
+
+
+@pytest.mark.parametrize("verdict", ["leak", "look"])
+def test_the_audit_stands_beside_the_result_and_a_leak_above_all(verdict: str) -> None:
+    facts = [
+        {"fact": "cold targets", "number": 252, "of": 1000, "note": HOSTILE},
+        {"fact": "later training", "number": None, "of": None, "note": "no clock"},
+    ]
+    page = render(Contents(name="audited", audit=_audit(verdict), audit_facts=facts))
+    reader = _read(page)
+    text = " ".join(" ".join(reader.text).split())
+    assert "smallest id above" in text
+    assert "252 of 1,000" in text
+    assert "not known" in text
+    assert "script" not in reader.tags
+    first = text.index("The evaluation leaks.") if verdict == "leak" else None
+    assert (first is not None) == ("aside" in reader.tags)
+    if first is not None:
+        assert first < text.index("no ranking results")  # the first of the summary

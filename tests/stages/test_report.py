@@ -107,3 +107,24 @@ def test_no_evaluation_is_an_error_that_says_what_to_run(workspace: Workspace) -
     with pytest.raises(WorkspaceError, match="recray evaluate"):
         _run(workspace, Report())
     assert not workspace.exists("report")
+
+
+@pytest.mark.parametrize("verdict", ["leak", "clear"])
+def test_the_audit_is_on_the_page_and_in_the_terminal(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], verdict: str
+) -> None:
+    _fill(workspace)
+    numbers = {"metric": "hr@1", "value": 0.8, "low": 0.7, "high": 0.9, "chance": 0.05, "reason": "", "advice": ""}
+    rules = [
+        {"rule": "popularity", "kind": "baseline", **numbers, "verdict": "clear"},
+        {"rule": "list overlap", "kind": "suspect", **numbers, "verdict": verdict},
+    ]
+    with workspace.stage("audit", version=1, part={}, seed=0, inputs={}) as out:
+        out.write_table("rules", pa.Table.from_pylist(rules, schema=schema.AUDIT))
+        out.write_json("facts.json", [{"fact": "cold targets", "number": 3, "of": 8, "note": ""}])
+    _run(workspace, Report(examples=0))
+    page = _page(workspace)
+    assert "list overlap" in page
+    assert "3 of 8" in page
+    assert ("The evaluation leaks." in page) == (verdict == "leak")
+    assert ("not about people" in capsys.readouterr().out.replace("\n", " ")) == (verdict == "leak")
