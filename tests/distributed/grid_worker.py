@@ -2,8 +2,9 @@
 
 python grid_worker.py FOLDER RANK WORLD PORT TASK ...
 
-A task is ENGINE:OBJECTIVE:CUT, naive:FORM:CUT, bytes:OBJECTIVE:CUT, poison:ENGINE:CUT or spoilt_stream:ENGINE:CUT; each
-writes what it found into a file of its name, the last two from every rank. Engines are made once a group.
+A task is ENGINE:OBJECTIVE:CUT, train:ENGINE:CUT, naive:FORM:CUT, bytes:OBJECTIVE:CUT, poison:ENGINE:CUT or
+spoilt_stream:ENGINE:CUT; each writes what it found into a file of its name, the last two from every rank. Engines are
+made once a group, but for training.
 """
 
 import functools
@@ -158,7 +159,7 @@ def stream_unit_of(folder: Path, rank: int, cut: str) -> Unit:
 def take(folder: Path, rank: int, _world: int, task: str) -> None:
     """Do one task and write what it found."""
     kind, what, cut = task.split(":")
-    others = {"naive": naive, "bytes": count_bytes, "poison": poison, "spoilt_stream": spoilt_stream}
+    others = {"train": train, "naive": naive, "bytes": count_bytes, "poison": poison, "spoilt_stream": spoilt_stream}
     found = others[kind](folder, rank, what, cut) if kind in others else exact(folder, rank, kind, what, cut)
     stem = task.replace(":", "-")
     if kind in ("poison", "spoilt_stream"):
@@ -177,6 +178,27 @@ def exact(folder: Path, rank: int, engine_name: str, objective: str, cut: str) -
     result = step(engine, unit_of(folder, rank, objective, cut), learning_rate=0.0)
     metrics = [result.metrics[name] for name in METRICS]
     return {"metrics": metrics, "scores": step.every.cpu(), "gradient": engine.gradient}
+
+
+def train(folder: Path, rank: int, name: str, cut: str) -> dict[str, Any]:
+    """Take three steps of nine rows, uneven over two ranks; return weights before and after, and the last metrics."""
+    share = CUTS[cut].share
+    objective = OBJECTIVES["napo" if share.least_micro_batches == 1 else "batch"]
+    feed = AlignFeed(
+        ExampleShards(folder / "shards"),
+        open_recommender(folder / "model")[1],
+        torch.from_numpy(np.load(folder / "item_vectors.npy")),
+        Order(ORDER.num_rows, 9, seed=5),
+        share,
+        objective,
+        num_negatives=NEGATIVES,
+    )
+    engine, step = engine_of.__wrapped__(folder, name), AlignStep(objective, MarginCentre())
+    before = digest(engine)
+    for number in range(3):
+        result = step(engine, feed.unit(number, rank), learning_rate=1e-2)
+    metrics = [result.metrics[name] for name in (*METRICS, "grad_norm")]
+    return {"before": before, "after": digest(engine), "metrics": metrics}
 
 
 def naive(folder: Path, rank: int, form: str, cut: str) -> dict[str, Any]:
@@ -302,7 +324,8 @@ def note(found: dict[str, Any], what: str, result: StepResult) -> None:
 
 def digest(engine: Engine) -> np.ndarray:
     """All weights in one row."""
-    return np.concatenate([weight.double().numpy().ravel() for weight in engine.whole_weights().values()])
+    weights = engine.whole_weights()
+    return np.concatenate([weights[name].double().numpy().ravel() for name in sorted(weights)])
 
 
 class Overflowing:

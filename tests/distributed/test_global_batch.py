@@ -27,6 +27,7 @@ POISONED = [*(f"poison:{engine}:2x4x3" for engine in ("f64", *DEEPSPEED)), "pois
 SPOILT = [f"spoilt_stream:{engine}:2x4x3" for engine in ("f64", *DEEPSPEED)]
 SENT = {"bytes:napo:2x12": [], "bytes:batch:2x4x3": [16], "bytes:napo:3x8": [], "bytes:napo:ragged": []}
 ONE = [f"{engine}:{objective}:1x24" for engine in ("f64", "f32") for objective in (*OBJECTIVES, "all", "batch")]
+TRAINED = [f"train:{engine}:{cut}" for engine in ("f32", *DEEPSPEED) for cut in ("2x12", "2x4x3")]
 USERS, CANDIDATES, METRICS = 24, 4, 9
 
 
@@ -35,7 +36,16 @@ def tasks_of(world: int) -> list[str]:
     cuts = CUTS[world]
     every = [f"{engine}:{name}:{cut}" for engine in ("f64", *DEEPSPEED) for name in OBJECTIVES for cut in cuts]
     every += [f"f64:batch:{cut}" for cut in cuts]
-    more = [*NAIVE, *SENT, *POISONED, *SPOILT, *(ONE if world == 1 else ())]
+    more = [
+        *NAIVE,
+        *SENT,
+        *TRAINED,
+        "train:f32:1x24",
+        "train:f32:1x4x6",
+        *POISONED,
+        *SPOILT,
+        *(ONE if world == 1 else ()),
+    ]
     return list(dict.fromkeys([*every, *(task for task in more if task.endswith(cuts))]))
 
 
@@ -77,6 +87,16 @@ def test_under_deepspeed_every_cut_is_the_same_step(results: Any, engine: str, o
     if objective != "stream":
         np.testing.assert_allclose(ours["scores"], one["scores"], rtol=0, atol=1e-5)
     assert gradient_error(ours, one) < 1e-5
+
+
+@pytest.mark.parametrize("task", TRAINED)
+def test_two_ranks_end_with_the_weights_of_one(results: Any, task: str) -> None:
+    two, one = results(task), results("train:f32:1x24" if task.endswith("2x12") else "train:f32:1x4x6")
+    np.testing.assert_allclose(two["metrics"], one["metrics"], rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(two["before"], one["before"])
+    moved, apart = np.linalg.norm(one["after"] - one["before"]), np.linalg.norm(two["after"] - one["after"])
+    assert moved > 0.1
+    assert apart < 1e-3 * moved
 
 
 @pytest.mark.parametrize("form", NAIVE)
