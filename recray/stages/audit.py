@@ -57,6 +57,7 @@ from recray.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 2_048
+RESERVED = ("id", "title", "order")  # how orders are named that are no column of the user's
 FITTED_HISTORIES = 250_000  # what co-occurrence and transitions count; a seeded part of more
 FITTED_LISTS = 200_000  # what rules about candidate lists are fitted to; a seeded part of more
 
@@ -144,7 +145,7 @@ def _orders(job: Job, items: pa.Table, histories: Training) -> list[Order]:
             column = others.filter(pc.equal(others["column"], name))
             values, known = np.zeros(len(items), dtype=np.int64), np.zeros(len(items), dtype=bool)
             values[column["item"].to_numpy()], known[column["item"].to_numpy()] = column["number"].to_numpy(), True
-            orders.append(Order(name, values, known))
+            orders.append(Order(f"{name} column" if name in RESERVED else name, values, known))
     else:
         logger.warning("audit: other ids of the catalogue were not kept; `recray ingest --force ingest` keeps them")
     first, second = consecutive(histories.items, histories.lengths)
@@ -176,12 +177,13 @@ def _suspects(job: Job, orders: list[Order], histories: Training, num_items: int
     first, second = consecutive(histories.items, histories.lengths)
     *ids, title, hidden = orders
     suspects = []
+    descends = {order.name: ascending_share(order, first, second) < 0.5 for order in orders}
     for order in ids:
-        descending = ascending_share(order, first, second) < 0.5
+        descending = descends[order.name]
         name = f"largest {order.name} below" if descending else f"smallest {order.name} above"
         suspects.append(Suspect(name, NextInOrder(order, descending), ORDERED, order.name))
         suspects.append(Suspect(f"nearest {order.name}", NearestInOrder(order), ORDERED, order.name))
-    suspects.append(Suspect("title order", NextInOrder(title), ORDERED, "title"))
+    suspects.append(Suspect("title order", NextInOrder(title, descends[title.name]), ORDERED, "title"))
     what = "one order of the items that all histories follow"
     suspects.append(Suspect("one order of all histories", NextInOrder(hidden), ORDERED, what))
     lists = _lists(job)
