@@ -34,6 +34,8 @@ from hypothesis import settings  # noqa: E402
 
 from recray.workspace import Workspace  # noqa: E402
 
+SMALL_ROWS, SMALL_ITEMS = 60, 30
+
 # A first example may pay for imports and compilation; how long one takes is no fact about the code.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
@@ -87,3 +89,41 @@ def recray_data() -> Path:
 def workspace(tmp_path: Path) -> Workspace:
     """An empty workspace that the test owns."""
     return Workspace(str(tmp_path / "workspace"))
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, joined examples and item vectors, small enough to align in a second."""
+    import numpy as np
+    import pyarrow as pa
+
+    from recray import schema
+    from recray.data.catalogue import Catalogue
+    from recray.data.examples import join_examples, met_in_training, write_shards
+    from recray.data.prompts import find_template, training_texts
+    from recray.data.tokenizer import train_tokenizer
+    from recray.lm.load import make_model, save_model
+    from recray.lm.scorer import ItemScorer, score_rows
+
+    path = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+    labels = [f"{word} {number}" for number in range(10) for word in ("Fox", "Owl Hill", "Elk")]
+    template = find_template("titles")
+    tokenizer = train_tokenizer(training_texts(template, labels), 300)
+    catalogue = Catalogue.build(labels, tokenizer, template, 96)
+    model = make_model(tokenizer, hidden_size=16, layers=2, heads=2, intermediate_size=24, max_positions=256, seed=1)
+    save_model(path / "model", model, tokenizer, catalogue)
+    rows = list(range(SMALL_ROWS))
+    histories = [rng.integers(SMALL_ITEMS, size=rng.integers(1, 8)).tolist() for _ in rows]
+    drawn = [rng.permutation(SMALL_ITEMS)[:4] for _ in rows]
+    scores = score_rows(
+        ItemScorer(model).eval(), catalogue, [np.array(h) for h in histories], drawn, tokens_per_micro_batch=9999
+    )
+    examples = pa.table([rows, [f"u{r // 2}" for r in rows], histories, [d[0] for d in drawn]], schema=schema.EXAMPLES)
+    negatives = pa.table([rows, [d[1:].tolist() for d in drawn]], schema=schema.NEGATIVES)
+    reference = pa.table([rows, [d.tolist() for d in drawn], scores], schema=schema.REFERENCE)
+    vectors = pa.table([rows, rng.normal(size=(SMALL_ROWS, 6)).tolist()], schema=schema.ROW_VECTORS)
+    met = met_in_training(pa.table([[0], ["u0"], [[1, 2]]], schema=schema.HISTORIES), examples)
+    write_shards(path / "shards", join_examples(examples, negatives, reference, vectors, met))
+    np.save(path / "item_vectors.npy", rng.normal(size=(SMALL_ITEMS, 6)).astype(np.float32))
+    return path

@@ -16,7 +16,7 @@ ENGINES = ("train", "report")
 # Pure integer plans of who reads what: an engine's, but all may use them.
 PLANS = ("recray.train.order",)
 # What stages may share: which stages there are, the Ray they stand on, how fits and models are set up on it.
-SHARED_BY_STAGES = ("flow", "cluster", "fitting", "recommender", "alignment", "rowwise")
+SHARED_BY_STAGES = ("flow", "cluster", "fitting", "notice", "recommender", "alignment", "rowwise")
 # The only importers of heavy libraries: patterns of module names.
 IMPORTERS = {
     "ray": ("recray.stages.*", "pipelines.*"),

@@ -28,6 +28,7 @@ from ray.data import ActorPoolStrategy, DataIterator, Dataset, Datasource, ReadT
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution import context as reporting
 
 from recray.config import Resources
 from recray.errors import DivergenceError, StopRequestedError
@@ -141,7 +142,7 @@ class OrderedFeed(DataConfig):  # type: ignore[misc]  # ray.train is untyped
         **_: Any,
     ) -> list[dict[str, DataIterator]]:
         """Return one iterator a rank, from the step of the newest checkpoint on."""
-        newest = self._store.newest()
+        newest = self._store.newest(tell=False)  # while ranks may be writing their first one
         first = 0 if newest is None else newest.step
         units = unit_dataset(self._make_feed, world_size, first_step=first, steps=self._steps)
         return [{UNITS: iterator} for iterator in units.streaming_split(world_size, equal=False)]
@@ -231,7 +232,7 @@ class Fitted:
         saved = store.newest()
         if saved is None or saved.best is None:
             raise RuntimeError(f"{store.root} holds no checkpoint although the fit has ended")
-        own = folder_of(saved.step)
+        own = folder_of(saved.number)
         self._store, self._saved = store, saved
         self.progress = Progress(**json.loads(store.read(f"{own}/{PROGRESS}")))
         self.metrics: list[dict[str, Any]] = [
@@ -316,6 +317,8 @@ def _worker(config: dict[str, Any]) -> None:
     resources: Resources = config["resources"]
     if not torch.cuda.is_available():
         torch.set_num_threads(resources.threads_per_worker)
+    # A logger that Ray 2.60 names after its file, so that no setting of Ray's silences it; a line a report and rank.
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)
     context = RayContext(fit.name, checkpoints(workspace, fit.run, resources), resources, config["board"])
     local = isinstance(workspace.fs, pafs.LocalFileSystem)
     folder = log_folder(workspace, fit.run) if local else tempfile.mkdtemp(prefix="recray-log-")

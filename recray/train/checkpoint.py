@@ -1,10 +1,12 @@
 """Checkpoints: every rank's state in one place, valid when its manifest is there and every file is what it says.
 
-ROOT/00000012/manifest.json         written last: step, number of ranks, the SHA-256 of every file
-ROOT/00000012/state/...             of the engine, each rank's own
-ROOT/00000012/progress.json, metrics.jsonl
-ROOT/best/00000009.safetensors      the best weights up to then; several checkpoints may share one
-ROOT/.writing/00000012-3/           what rank 3 is writing, on a local file system
+ROOT/00000007/manifest.json         written last: step, number of ranks, the SHA-256 of every file
+ROOT/00000007/state/...             of the engine, each rank's own
+ROOT/00000007/progress.json, metrics.jsonl
+ROOT/best/00000005.safetensors      the best weights up to then; several checkpoints may share one
+ROOT/.writing/00000007-3/           what rank 3 is writing, on a local file system
+
+Folders are numbered as they are begun, not by step: what is whole is never written over.
 
 ROOT is a folder of any file system that pyarrow knows: a disk, a share, an object store. Engines write on the critical
 path, as their state must not change meanwhile; hashing, uploading and the manifest are a thread's work beside training.
@@ -41,6 +43,7 @@ LOOK_EVERY_S = 0.05
 class Saved(NamedTuple):
     """A checkpoint that is whole."""
 
+    number: int  # of its folder
     step: int
     world_size: int  # ranks that wrote it
     files: dict[str, str]  # path below the store's root → SHA-256
@@ -64,17 +67,24 @@ class CheckpointStore:
         """Return a path below the root, for use together with `fs`."""
         return "/".join([self.root, *parts])
 
-    def newest(self) -> Saved | None:
-        """Return the newest checkpoint that is whole, and say which newer ones are not, and why."""
-        for step in sorted(self.steps(), reverse=True):
-            saved, wrong = self._read(step)
+    def newest(self, *, tell: bool = True) -> Saved | None:
+        """Return the newest checkpoint that is whole, and say which newer ones are not, and why, if told to tell."""
+        for number in sorted(self.numbers(), reverse=True):
+            saved, wrong = self._read(number)
             if saved is not None and wrong is None:
                 return saved
-            logger.warning("the checkpoint of step %d is passed over: %s; the one before it is looked at", step, wrong)
+            if not tell:
+                continue
+            logger.warning(
+                "checkpoint %s%s is passed over: %s; the one before it is looked at",
+                folder_of(number),
+                "" if saved is None else f", of step {saved.step},",
+                wrong,
+            )
         return None
 
-    def steps(self) -> list[int]:
-        """Return the steps of all checkpoints, whole or not."""
+    def numbers(self) -> list[int]:
+        """Return the numbers of all checkpoints, whole or not, oldest first."""
         if self.fs.get_file_info(self.root).type == pafs.FileType.NotFound:
             return []
         names = [info.base_name for info in self.fs.get_file_info(pafs.FileSelector(self.root))]
@@ -82,9 +92,9 @@ class CheckpointStore:
 
     def clean(self, saved: Saved | None) -> None:
         """Remove everything newer than `saved` and everything half-written, before training goes on from it."""
-        for step in self.steps():
-            if saved is None or step > saved.step or not self.has(folder_of(step), MANIFEST):
-                self.fs.delete_dir(self.path(folder_of(step)))
+        for number in self.numbers():
+            if saved is None or number > saved.number or not self.has(folder_of(number), MANIFEST):
+                self.fs.delete_dir(self.path(folder_of(number)))
         if self.has(WRITING):
             self.fs.delete_dir(self.path(WRITING))
 
@@ -120,7 +130,7 @@ class CheckpointStore:
     def commit(self, saved: Saved) -> None:
         """Write the manifest, which makes the checkpoint count, and remove those that are too many."""
         manifest = json.dumps(saved._asdict(), indent=1, sort_keys=True).encode()
-        target = self.path(folder_of(saved.step), MANIFEST)
+        target = self.path(folder_of(saved.number), MANIFEST)
         with self.fs.open_output_stream(f"{target}.partial") as stream:
             stream.write(manifest)
         self.fs.move(f"{target}.partial", target)
@@ -130,26 +140,26 @@ class CheckpointStore:
             logger.warning("old checkpoints below %s could not be removed: %s", self.root, error)
 
     def _remove_old(self) -> None:
-        whole = [step for step in self.steps() if self.has(folder_of(step), MANIFEST)]
-        for step in whole[: -self.keep]:
-            self.fs.delete_file(self.path(folder_of(step), MANIFEST))  # first, so that what is left never counts
-            self.fs.delete_dir(self.path(folder_of(step)))
+        whole = [number for number in self.numbers() if self.has(folder_of(number), MANIFEST)]
+        for number in whole[: -self.keep]:
+            self.fs.delete_file(self.path(folder_of(number), MANIFEST))  # first, so that what is left never counts
+            self.fs.delete_dir(self.path(folder_of(number)))
         self._remove_other_bests(whole[-self.keep :])
 
-    def _remove_other_bests(self, steps: list[int]) -> None:
+    def _remove_other_bests(self, numbers: list[int]) -> None:
         if not self.has(BEST):
             return
-        used = {self.manifest(step).best for step in steps}
+        used = {self.manifest(number).best for number in numbers}
         for info in self.fs.get_file_info(pafs.FileSelector(self.path(BEST))):
             if f"{BEST}/{info.base_name}" not in used:
                 self.fs.delete_file(info.path)
 
-    def _read(self, step: int) -> tuple[Saved | None, str | None]:
+    def _read(self, number: int) -> tuple[Saved | None, str | None]:
         """Return what the manifest says, and what is wrong with it or with a file it names."""
-        if not self.has(folder_of(step), MANIFEST):
+        if not self.has(folder_of(number), MANIFEST):
             return None, "it has no manifest, so it was not finished"
         try:
-            saved = self.manifest(step)
+            saved = self.manifest(number)
         except (ValueError, TypeError, KeyError) as error:
             return None, f"its manifest can't be read ({error})"
         for name, expected in saved.files.items():
@@ -159,21 +169,14 @@ class CheckpointStore:
                 return saved, f"{name} is damaged (its SHA-256 is {found[:12]}…, not {expected[:12]}…)"
         return saved, None
 
-    def manifest(self, step: int) -> Saved:
-        """Return what the manifest of a step says, its files not looked at."""
-        found: dict[str, Any] = json.loads(self.read(f"{folder_of(step)}/{MANIFEST}"))
-        return Saved(int(found["step"]), int(found["world_size"]), dict(found["files"]), found["best"])
+    def manifest(self, number: int) -> Saved:
+        """Return what the manifest of a checkpoint says, its files not looked at."""
+        found: dict[str, Any] = json.loads(self.read(f"{folder_of(number)}/{MANIFEST}"))
+        return Saved(number, int(found["step"]), int(found["world_size"]), dict(found["files"]), found["best"])
 
     def has(self, *parts: str) -> bool:
         """Return whether a file or folder is there."""
         return bool(self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound)
-
-
-class _Weights(NamedTuple):
-    """The best weights and the file they go to."""
-
-    name: str
-    tensors: dict[str, Tensor]
 
 
 class CheckpointWriter:
@@ -186,10 +189,11 @@ class CheckpointWriter:
     def __init__(self, store: CheckpointStore, device: torch.device, resumed: Saved | None = None) -> None:
         self._store, self._device = store, device
         self._rank, self._world_size = world()
+        self._number = 0 if resumed is None else resumed.number  # of the last checkpoint begun
         self._kept: tuple[str, str] | None = None  # file and hash of the best weights that a manifest names
         if resumed is not None and resumed.best is not None:
             self._kept = resumed.best, resumed.files[resumed.best]
-        self._weights: _Weights | None = None  # better ones, until a manifest names them
+        self._weights: dict[str, Tensor] | None = None  # better ones, until a manifest names them
         self._thread: threading.Thread | None = None
         self.failure: str | None = None  # of the last checkpoint, on this rank
         self._own_part_done = threading.Event()
@@ -197,10 +201,10 @@ class CheckpointWriter:
         self.step: int | None = None  # of the last checkpoint begun
         self.seconds = 0.0  # that training waited
 
-    def keep_best(self, step: int, weights: Mapping[str, Tensor]) -> None:
+    def keep_best(self, weights: Mapping[str, Tensor]) -> None:
         """Take the best weights so far, whole on rank 0; they are written with the next checkpoint."""
         if self._rank == 0:
-            self._weights = _Weights(f"{BEST}/{folder_of(step)}.safetensors", dict(weights))
+            self._weights = dict(weights)
 
     def write(self, step: int, write_state: Callable[[Path], None], texts: Mapping[str, str]) -> None:
         """Write the checkpoint of a step; a collective, which returns when the state may change again.
@@ -213,9 +217,10 @@ class CheckpointWriter:
         self.settle()
         started = time.perf_counter()
         self.step = step
+        self._number += 1
         self.failure, self._own_part_done, self._given_up = None, threading.Event(), threading.Event()
         try:
-            folder = self._staging(step)
+            folder = self._staging()
             write_state(folder)
             if self._rank == 0:
                 for name, text in texts.items():
@@ -240,7 +245,7 @@ class CheckpointWriter:
             self._thread = None
         failed = self._has_failed()  # rank 0 may have, at the manifest
         if failed and self._rank == 0:
-            self._remove(self.step)
+            self._remove_half()
         self.seconds += time.perf_counter() - started
         return not failed
 
@@ -248,18 +253,18 @@ class CheckpointWriter:
         """Return whether any rank has; a collective."""
         return bool(sum_over_ranks(torch.tensor([float(self.failure is not None)], device=self._device)).item())
 
-    def _staging(self, step: int) -> Path:
+    def _staging(self) -> Path:
         if self._store.is_local:
-            folder = Path(self._store.path(WRITING, f"{folder_of(step)}-{self._rank}"))
+            folder = Path(self._store.path(WRITING, f"{folder_of(self._number)}-{self._rank}"))
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             return folder
         return Path(tempfile.mkdtemp(prefix="recray-checkpoint-"))
 
-    def _work(self, step: int, folder: Path, weights: _Weights | None) -> None:
+    def _work(self, step: int, folder: Path, weights: dict[str, Tensor] | None) -> None:
         """In a thread: hand over this rank's files; on rank 0, wait for the others' and write the manifest."""
         try:
-            files = self._hand_over(step, folder, weights)
+            files = self._hand_over(folder, weights)
             self._own_part_done.set()
             if self._rank == 0:
                 self._finish(step, files, weights)
@@ -268,17 +273,17 @@ class CheckpointWriter:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _hand_over(self, step: int, folder: Path, weights: _Weights | None) -> dict[str, str]:
+    def _hand_over(self, folder: Path, weights: dict[str, Tensor] | None) -> dict[str, str]:
         """Bring own files into the store and return their hashes."""
         files = {}
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = f"{folder_of(step)}/{file.relative_to(folder).as_posix()}"
+            name = f"{folder_of(self._number)}/{file.relative_to(folder).as_posix()}"
             files[name] = self._bring(file, name)
         if weights is not None:
-            save_file(weights.tensors, folder / BEST)
-            files[weights.name] = self._bring(folder / BEST, weights.name)
+            save_file(weights, folder / BEST)
+            files[self._best_file()] = self._bring(folder / BEST, self._best_file())
         if self._rank != 0:
-            self._write_text(f"{folder_of(step)}/rank-{self._rank}.json", json.dumps(files))
+            self._write_text(f"{folder_of(self._number)}/rank-{self._rank}.json", json.dumps(files))
         return files
 
     def _bring(self, file: Path, name: str) -> str:
@@ -292,13 +297,13 @@ class CheckpointWriter:
             pafs.copy_files(str(file), target, destination_filesystem=self._store.fs)
         return found
 
-    def _finish(self, step: int, files: dict[str, str], weights: _Weights | None) -> None:
+    def _finish(self, step: int, files: dict[str, str], weights: dict[str, Tensor] | None) -> None:
         """Wait for the other ranks' files, and make the checkpoint count."""
         store, waiting = self._store, list(range(1, self._world_size))
         while waiting:
             if self._given_up.wait(LOOK_EVERY_S):
                 return
-            name = f"{folder_of(step)}/rank-{waiting[0]}.json"
+            name = f"{folder_of(self._number)}/rank-{waiting[0]}.json"
             if not store.has(name):
                 continue
             try:
@@ -307,13 +312,16 @@ class CheckpointWriter:
                 continue  # still being written
             store.fs.delete_file(store.path(name))
             waiting.pop(0)
-        best = self._kept if weights is None else (weights.name, files[weights.name])
+        best = self._kept if weights is None else (self._best_file(), files[self._best_file()])
         if best is not None:
             files[best[0]] = best[1]
-        store.commit(Saved(step, self._world_size, files, None if best is None else best[0]))
+        store.commit(Saved(self._number, step, self._world_size, files, None if best is None else best[0]))
         self._kept = best
         if self._weights is weights:  # and no better ones came meanwhile
             self._weights = None
+
+    def _best_file(self) -> str:
+        return f"{BEST}/{folder_of(self._number)}.safetensors"
 
     def _write_text(self, name: str, text: str) -> None:
         with self._store.fs.open_output_stream(self._store.path(name)) as stream:
@@ -329,18 +337,18 @@ class CheckpointWriter:
         )
         self._own_part_done.set()
 
-    def _remove(self, step: int) -> None:
+    def _remove_half(self) -> None:
         """Give a full disk its room back."""
-        store = self._store
-        if step in store.steps() and not store.has(folder_of(step), MANIFEST):
-            store.fs.delete_dir(store.path(folder_of(step)))
+        store, own = self._store, folder_of(self._number)
+        if store.has(own) and not store.has(own, MANIFEST):
+            store.fs.delete_dir(store.path(own))
         if store.has(WRITING):
             store.fs.delete_dir(store.path(WRITING))
 
 
-def folder_of(step: int) -> str:
+def folder_of(number: int) -> str:
     """Return the name of a checkpoint's folder, below the store's root."""
-    return f"{step:08d}"
+    return f"{number:08d}"
 
 
 def _hash_of(fs: pafs.FileSystem, path: str) -> str:

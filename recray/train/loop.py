@@ -109,7 +109,7 @@ class _Run:
         store, saved = self.context.store, self.newest()
         if saved is not None:
             with store.opened(saved) as folder:
-                own = folder / folder_of(saved.step)
+                own = folder / folder_of(saved.number)
                 self.engine.load(own, STATE, saved_by=saved.world_size)
                 self.progress = Progress(**json.loads((own / PROGRESS).read_text()))
                 lines = (own / METRICS).read_text().splitlines()
@@ -125,9 +125,9 @@ class _Run:
         if self.context.rank == 0:
             saved = store.newest()
             store.clean(saved)
-        own = torch.tensor([0 if saved is None else saved.step + 1], device=self.engine.device)
-        chosen = int(sum_over_ranks(own).item())
-        return store.manifest(chosen - 1) if chosen else None
+        own = torch.tensor([0 if saved is None else saved.number], device=self.engine.device)
+        number = int(sum_over_ranks(own).item())
+        return store.manifest(number) if number else None
 
     def to_the_end(self) -> Progress:
         """Train, validate and write checkpoints until the plan says so."""
@@ -225,7 +225,7 @@ class _Run:
         progress.validated = progress.step
         if metrics[WATCHED] > progress.best:
             progress.best, progress.best_step, progress.stale = metrics[WATCHED], progress.step, 0
-            self.writer.keep_best(progress.step, self.engine.whole_weights())
+            self.writer.keep_best(self.engine.whole_weights())
             state = "the best so far"
         else:
             progress.stale += 1
