@@ -5,8 +5,8 @@ Axes:
     B  rows of it on this rank       D  width of user vectors
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,12 +38,61 @@ MOST_BORROWED = 2**30  # bytes of those in a unit, which travels through an obje
 SHOWN = 20  # items that a prompt lists while the model learns to read it, target included
 
 
+T = TypeVar("T")
+
+
+class OfStep(Generic[T]):
+    """What a function makes of a step, kept until another step is asked for.
+
+    Units are asked for step by step, rank after rank: what is the same for all ranks is worked out once, not G rows for
+    each of W ranks.
+    """
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._kept: tuple[int, T] | None = None
+
+    def __call__(self, step: int) -> T:
+        if self._kept is None or self._kept[0] != step:
+            self._kept = (step, self._make(step))
+        return self._kept[1]
+
+
 class Share(NamedTuple):
     """How a global batch is cut: over ranks, and inside a rank by tokens."""
 
     world_size: int
     token_budget: int
     least_micro_batches: int = 1
+
+    def cut(self, lengths: Int[ndarray, " G"]) -> list[list[Int[ndarray, " b"]]]:
+        """Return [rank][micro-batch] places of a global batch whose rows have these lengths."""
+        return split(lengths, self.world_size, self.token_budget, least=self.least_micro_batches)
+
+
+class _Aligned(NamedTuple):
+    """A step of alignment, before it is handed out."""
+
+    examples: Examples
+    items: Int[ndarray, "G K"]
+    places: list[list[Int[ndarray, " b"]]]
+
+
+class _Streamed(NamedTuple):
+    """A step of streams, before it is handed out."""
+
+    streams: list[Int[ndarray, " T"]]
+    scored: int
+    places: list[list[Int[ndarray, " b"]]]
+
+
+class _Shown(NamedTuple):
+    """A step of examples, before it is handed out."""
+
+    histories: list[Int[ndarray, " H"]]
+    candidates: list[Int[ndarray, " 1"]]
+    shown: list[Int[ndarray, " C"]]
+    places: list[list[Int[ndarray, " b"]]]
 
 
 class AlignFeed:
@@ -68,6 +117,7 @@ class AlignFeed:
         _refuse_wide_sharing(order.global_batch, share.world_size, num_negatives)
         self._shards, self._catalogue, self._order, self._share = shards, catalogue, order, share
         self._objective, self.num_negatives = objective, num_negatives
+        self._plan = OfStep(self._planned)
         self._item_vectors = item_vectors
         rng = np.random.default_rng(order.seed)
         sample = rng.choice(len(item_vectors), min(sample_items, len(item_vectors)), replace=False)
@@ -75,21 +125,22 @@ class AlignFeed:
 
     def unit(self, step: int, rank: int) -> Unit:
         """Return the unit of one rank in one step."""
-        rows = rows_of_step(self._order, step)
-        examples = self._shards.take(rows)
-        items = examples.items[:, : 1 + self.num_negatives]
-        candidates = list(items)
-        lengths = segment_lengths(self._catalogue, examples.histories, candidates)
-        share = self._share
-        places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
+        examples, items, every = self._plan(step)
+        places = every[rank]
         micro_batches = [
-            MicroBatch(own, _candidates_or_company(self._catalogue, examples.histories, candidates, own))
+            MicroBatch(own, _candidates_or_company(self._catalogue, examples.histories, list(items), own))
             for own in places
         ]
         mine = np.concatenate(places)
         arrays = {"place": mine, "reference": examples.reference[:, : 1 + self.num_negatives]}
         arrays |= self._borrowing(examples, items, mine)
-        return Unit(step, rank, micro_batches, arrays, rows.tolist())
+        return Unit(step, rank, micro_batches, arrays, rows_of_step(self._order, step).tolist())
+
+    def _planned(self, step: int) -> _Aligned:
+        examples = self._shards.take(rows_of_step(self._order, step))
+        items = examples.items[:, : 1 + self.num_negatives]
+        lengths = segment_lengths(self._catalogue, examples.histories, list(items))
+        return _Aligned(examples, items, self._share.cut(lengths))
 
     def negatives_of(self, rows: Sequence[int]) -> Int[ndarray, "G N"]:
         """Return the negatives drawn for these rows."""
@@ -171,25 +222,29 @@ class StreamFeed:
     ) -> None:
         self._histories, self._catalogue, self._share = histories, catalogue, share
         self._order, self._window = order, window_items
+        self._plan = OfStep(self._planned)
         self._history, self._number, self._slack = windows_of(
             np.array([history.size for history in histories], dtype=np.int64), window_items
         )
 
     def unit(self, step: int, rank: int) -> Unit:
         """Return the unit of one rank in one step."""
+        streams, scored, places = self._plan(step)
+        micro_batches = [
+            MicroBatch(own, _streams_or_company(self._catalogue, [streams[place] for place in own]))
+            for own in places[rank]
+        ]
+        rows = rows_of_step(self._order, step).tolist()
+        return Unit(step, rank, micro_batches, {"scored_tokens": np.array([scored])}, rows)
+
+    def _planned(self, step: int) -> _Streamed:
         rows = rows_of_step(self._order, step)
         epoch = (step * self._order.global_batch + np.arange(rows.size)) // self._order.num_rows
         streams = [
             self._catalogue.prompt(self._items(int(row), int(when))) for row, when in zip(rows, epoch, strict=True)
         ]
         lengths = np.array([stream.size for stream in streams], dtype=np.int64)
-        share = self._share
-        places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
-        micro_batches = [
-            MicroBatch(own, _streams_or_company(self._catalogue, [streams[place] for place in own])) for own in places
-        ]
-        scored = np.array([max(1, int((lengths - 1).sum()))])
-        return Unit(step, rank, micro_batches, {"scored_tokens": scored}, rows.tolist())
+        return _Streamed(streams, max(1, int((lengths - 1).sum())), self._share.cut(lengths))
 
     def _items(self, row: int, epoch: int) -> Int[ndarray, " n"]:
         history = self._histories[int(self._history[row])]
@@ -226,23 +281,27 @@ class ExampleFeed:
     ) -> None:
         self._histories, self._targets = histories, targets
         self._catalogue, self._order, self._share = catalogue, order, share
+        self._plan = OfStep(self._planned)
 
     def unit(self, step: int, rank: int) -> Unit:
         """Return the unit of one rank in one step."""
-        rows = rows_of_step(self._order, step)
-        histories = [self._histories[row] for row in rows.tolist()]
-        candidates = list(self._targets[rows][:, None])
-        epoch = (step * self._order.global_batch + np.arange(rows.size)) // self._order.num_rows
-        shown = [self._shown(int(row), int(when)) for row, when in zip(rows, epoch, strict=True)]
-        lengths = segment_lengths(self._catalogue, histories, candidates, shown)
-        share = self._share
-        places = split(lengths, share.world_size, share.token_budget, least=share.least_micro_batches)[rank]
+        histories, candidates, shown, places = self._plan(step)
         micro_batches = [
             MicroBatch(own, _candidates_or_company(self._catalogue, histories, candidates, own, shown))
-            for own in places
+            for own in places[rank]
         ]
+        rows = rows_of_step(self._order, step)
         scored = np.array([int(self._catalogue.item_lengths[self._targets[rows]].sum())])
         return Unit(step, rank, micro_batches, {"scored_tokens": scored}, rows.tolist())
+
+    def _planned(self, step: int) -> _Shown:
+        rows = rows_of_step(self._order, step)
+        epoch = (step * self._order.global_batch + np.arange(rows.size)) // self._order.num_rows
+        histories = [self._histories[row] for row in rows.tolist()]
+        candidates = list(self._targets[rows][:, None])
+        shown = [self._shown(int(row), int(when)) for row, when in zip(rows, epoch, strict=True)]
+        lengths = segment_lengths(self._catalogue, histories, candidates, shown)
+        return _Shown(histories, candidates, shown, self._share.cut(lengths))
 
     def _shown(self, row: int, epoch: int) -> Int[ndarray, " C"]:
         """Return the items a prompt lists, where its template lists any: the target and others, seeded."""
