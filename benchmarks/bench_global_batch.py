@@ -55,6 +55,14 @@ class Size(NamedTuple):
     seeds: int
 
 
+class Taken(NamedTuple):
+    """Seconds of one step on one worker."""
+
+    wall: float
+    cpu: float  # of this process: what other work on the machine changes little
+    exchange: float  # wall time in the exchange of scores, waiting for the slower worker included
+
+
 class Clock:
     """Seconds spent in the exchange of scores, waiting for the slower worker included."""
 
@@ -114,20 +122,19 @@ def _worker(rank: int, world: int, port: int, size: Size, file: Path) -> None:
     model: Any = made(LlamaConfig(**size.shape), dtype=torch.float32, device="cpu")
     attend_fast(model, "cpu")
     engine = PlainEngine(ItemScorer(model), weight_decay=0.01, clip_norm=1.0)
-    taken: list[list[tuple[float, float]]] = [[] for _ in WAYS]  # seconds of a step, of its exchange
-    medians: list[list[float]] = [[] for _ in WAYS]  # of each seed
+    taken: list[list[list[Taken]]] = [[] for _ in WAYS]  # by seed
     for seed in range(size.seeds):
         runs = [way(name, engine, unit_of(rank, world, size, count, seed)) for name, count in WAYS]
+        for each in taken:
+            each.append([])
         for number in range(size.repeats + 1):
-            for run, times in zip(runs, taken, strict=True):
+            for run, each in zip(runs, taken, strict=True):
                 seconds = _timed(run)
                 if number:  # the first round warms up
-                    times.append(seconds)
-        for times, each in zip(taken, medians, strict=True):
-            each.append(statistics.median(step for step, _ in times[-size.repeats :]))
+                    each[-1].append(seconds)
     alone = exchange_alone(size.users * world)
     if rank == 0:
-        file.write_text(json.dumps(_rows(world, taken, medians, alone)))
+        file.write_text(json.dumps(_rows(world, taken, alone)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -199,35 +206,41 @@ def exchange_alone(every: int) -> float:
     return statistics.median(times)
 
 
-def _timed(run: Callable[[], None]) -> tuple[float, float]:
+def _timed(run: Callable[[], None]) -> Taken:
     clock = Clock()
     dist.barrier()
     with patch.object(step_module, "sum_over_ranks", clock.sum_over_ranks):
-        started = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         run()
-        return time.perf_counter() - started, clock.exchange
+        return Taken(time.perf_counter() - wall, time.process_time() - cpu, clock.exchange)
 
 
-def _rows(
-    world: int, taken: list[list[tuple[float, float]]], medians: list[list[float]], alone: float
-) -> list[dict[str, Any]]:
-    middle = [statistics.median(step for step, _ in times) for times in taken]
-    by_way = dict(zip(WAYS, middle, strict=True))
-    return [
-        {
-            "workers": world,
-            "way": name,
-            "micro_batches": count,
-            "step_ms": round(1000 * seconds, 1),
-            "seed_medians_ms": [round(1000 * each) for each in seeds],
-            "range_ms": [round(1000 * end(step for step, _ in times)) for end in (min, max)],
-            "over_whole": round(seconds / by_way["whole", 1], 3),
-            "over_local": round(seconds / by_way["local", count], 3) if name == "exact" else None,
-            "exchange_share": round(statistics.median(spent / step for step, spent in times), 5),
-            "exchange_alone_share": round(alone / seconds, 6) if name != "local" and world > 1 else 0.0,
-        }
-        for (name, count), seconds, seeds, times in zip(WAYS, middle, medians, taken, strict=True)
-    ]
+def _rows(world: int, taken: list[list[list[Taken]]], alone: float) -> list[dict[str, Any]]:
+    every = {way: [step for seed in seeds for step in seed] for way, seeds in zip(WAYS, taken, strict=True)}
+    wall = {way: statistics.median(step.wall for step in steps) for way, steps in every.items()}
+    cpu = {way: statistics.median(step.cpu for step in steps) for way, steps in every.items()}
+    rows = []
+    for (name, count), seeds in zip(WAYS, taken, strict=True):
+        way, whole, local = (name, count), ("whole", 1), ("local", count)
+        steps = every[way]
+        rows.append(
+            {
+                "workers": world,
+                "way": name,
+                "micro_batches": count,
+                "step_ms": round(1000 * wall[way], 1),
+                "range_ms": [round(1000 * end(step.wall for step in steps)) for end in (min, max)],
+                "cpu_ms": round(1000 * cpu[way], 1),
+                "cpu_ms_by_seed": [round(1000 * statistics.median(step.cpu for step in seed), 1) for seed in seeds],
+                "over_whole": round(wall[way] / wall[whole], 3),
+                "cpu_over_whole": round(cpu[way] / cpu[whole], 3),
+                "over_local": round(wall[way] / wall[local], 3) if name == "exact" else None,
+                "cpu_over_local": round(cpu[way] / cpu[local], 3) if name == "exact" else None,
+                "exchange_share": round(statistics.median(step.exchange / step.wall for step in steps), 5),
+                "exchange_alone_share": round(alone / wall[way], 6) if name != "local" and world > 1 else 0.0,
+            }
+        )
+    return rows
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
@@ -244,8 +257,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
         f"{'alone' if report['alone'] else 'not alone'}. Llama of {report['shape']['num_hidden_layers']} layers, width "
         f"{report['shape']['hidden_size']}, float32; {report['users']} users a worker, {NEGATIVES} negatives, prompts "
         f"of {PROMPT} tokens. Medians of {report['repeats']} interleaved repeats of each of {report['seeds']} seeds, "
-        f"and the range of all. Shares of step time: of the exchange of scores as it is, waiting for the slower worker "
-        f"included, and when both come to it together.",
+        "and the range of all; CPU time is a worker's own. Shares of step time: of the exchange of scores as it is, "
+        "waiting for the slower worker included, and when both come to it together.",
         "",
         "| " + " | ".join(names) + " |",
         "|" + "---|" * len(names),

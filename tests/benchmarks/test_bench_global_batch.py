@@ -23,4 +23,4 @@ def test_two_workers_take_a_step_in_every_way() -> None:
         assert (row["exchange_share"] > 0) == (name != "local")
     assert by_way["whole", 1]["over_whole"] == 1.0
     exact, local = by_way["exact", 2], by_way["local", 2]
-    assert abs(exact["over_local"] - exact["step_ms"] / local["step_ms"]) < 0.05 * exact["over_local"]
+    assert abs(exact["cpu_over_local"] - exact["cpu_ms"] / local["cpu_ms"]) < 0.05 * exact["cpu_over_local"]
