@@ -16,6 +16,7 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_scoring --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_global_batch --out benchmarks/results
+	$(BIN)/python -m benchmarks.bench_audit --out benchmarks/results
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -81,10 +81,7 @@ def order_of_histories(first: Ints, second: Ints, num_items: int, *, seed: int) 
         num_items: I; items in no pair have no place.
         seed: of the part of the pairs that is taken where there are very many.
     """
-    keys = np.unique(first * num_items + second)
-    if len(keys) > _PAIRS:
-        keys = np.sort(np.random.default_rng(seed).choice(keys, _PAIRS, replace=False))
-    before, after = np.divmod(keys, num_items)
+    before, after = np.divmod(_distinct_pairs(first * num_items + second, seed), num_items)
     before, after = before[before != after], after[before != after]
     pairs_of_item = np.bincount(before, minlength=num_items) + np.bincount(after, minlength=num_items)
     place = _springs(before, after, pairs_of_item)
@@ -95,6 +92,16 @@ def order_of_histories(first: Ints, second: Ints, num_items: int, *, seed: int) 
         np.minimum.at(high, before, rank[after])
         place = np.where(pairs_of_item > 0, (low + high) / 2, rank)
     return Order("order", _ranks(place).astype(np.int64), pairs_of_item > 0)
+
+
+def _distinct_pairs(keys: Ints, seed: int) -> Ints:
+    """Return the distinct keys in order, at most `_PAIRS` of them."""
+    generator = np.random.default_rng(seed)
+    if len(keys) > 4 * _PAIRS:  # sorting all of a long log would take longer than all the rest
+        keys = keys[generator.integers(0, len(keys), 4 * _PAIRS)]
+    keys = np.sort(keys)
+    keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
+    return keys if len(keys) <= _PAIRS else np.sort(generator.choice(keys, _PAIRS, replace=False))
 
 
 def _springs(before: Ints, after: Ints, pairs_of_item: Ints) -> Floats:

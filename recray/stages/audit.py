@@ -5,6 +5,7 @@ a rule knows the test targets' ranks decides nothing: only the verdict is kept, 
 """
 
 import logging
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,19 +90,27 @@ def run(job: Job) -> None:
     test = job.workspace.table("sequences", "test")
     if test.num_rows == 0:
         raise DataError("sequences/test has no rows, so there is nothing to audit; see sequences.test_fraction")
+    clock = [time.monotonic()]
     items = job.workspace.table("ingest", "items", ["item_id", "title"])
     trained = _trained(job.workspace)
     sample = test.take(_sampled(test.num_rows, part.rows, job.seed))
-    orders = _orders(job, items, trained.histories)
+    clock.append(time.monotonic())
+    neighbours = consecutive(trained.histories.items, trained.histories.lengths)
+    orders = _orders(job, items, *neighbours)
     baselines = _baselines(trained, len(items), job.seed)
-    suspects = _suspects(job, orders, trained.histories, len(items))
+    suspects = _suspects(job, orders, *neighbours)
+    clock.append(time.monotonic())
     found = _score([*baselines, *suspects], sample)
     measured, chance = _measured(baselines, suspects, found, sample, part, job.seed)
     rules = _table(measured, chance)
     job.out.write_table("rules", rules)
+    clock.append(time.monotonic())
     facts = _facts(job.workspace, test, trained, len(items))
     job.out.write_json("facts.json", [fact._asdict() for fact in facts])
     job.out.facts |= _told(rules, facts, orders, sample, test.num_rows)
+    clock.append(time.monotonic())
+    parts = zip(("read", "fit", "score", "facts"), np.diff(clock).tolist(), strict=True)
+    job.out.facts["seconds"] = {name: round(seconds, 2) for name, seconds in parts}
     for rule in rules.to_pylist():
         logger.info("audit: %s", line(rule))
     for rule in leaks(rules.to_pylist()):
@@ -136,8 +145,13 @@ def _codes(users: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int64]:
     return codes
 
 
-def _orders(job: Job, items: pa.Table, histories: Training) -> list[Order]:
-    """Return what items may have been sorted by: every id, the title, and what the histories themselves follow."""
+def _orders(job: Job, items: pa.Table, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Order]:
+    """Return what items may have been sorted by: every id, the title, and what the histories themselves follow.
+
+    Args:
+        items: of `ingest`, in `item` order.
+        first, second: neighbours in training histories.
+    """
     orders = [order_of_ids("id", items["item_id"])]
     if job.workspace.exists("ingest", "other_ids"):
         others = job.workspace.table("ingest", "other_ids")
@@ -148,7 +162,6 @@ def _orders(job: Job, items: pa.Table, histories: Training) -> list[Order]:
             orders.append(Order(f"{name} column" if name in RESERVED else name, values, known))
     else:
         logger.warning("audit: other ids of the catalogue were not kept; `recray ingest --force ingest` keeps them")
-    first, second = consecutive(histories.items, histories.lengths)
     orders.append(order_of_titles(items["title"]))
     orders.append(order_of_histories(first, second, len(items), seed=job.seed))
     return orders
@@ -173,8 +186,8 @@ def _baselines(trained: Trained, num_items: int, seed: int) -> list[Suspect]:
     return baselines
 
 
-def _suspects(job: Job, orders: list[Order], histories: Training, num_items: int) -> list[Suspect]:
-    first, second = consecutive(histories.items, histories.lengths)
+def _suspects(job: Job, orders: list[Order], first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Suspect]:
+    """Return every suspect, fitted; arguments as of `_orders`."""
     *ids, title, hidden = orders
     suspects = []
     descends = {order.name: ascending_share(order, first, second) < 0.5 for order in orders}
@@ -186,7 +199,7 @@ def _suspects(job: Job, orders: list[Order], histories: Training, num_items: int
     suspects.append(Suspect("title order", NextInOrder(title, descends[title.name]), ORDERED, "title"))
     what = "one order of the items that all histories follow"
     suspects.append(Suspect("one order of all histories", NextInOrder(hidden), ORDERED, what))
-    lists = _lists(job)
+    lists, num_items = _lists(job), len(title.values)
     family = LISTED if _published_lists(job.workspace, "test") is not None else DRAWN
     suspects += [
         Suspect("list overlap", ListOverlap.of(lists, num_items), family),
