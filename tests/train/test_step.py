@@ -392,3 +392,13 @@ def test_a_margin_that_is_no_number_skips_the_step_and_is_forgotten(world: Any) 
     centre = MarginCentre(0.5)
     assert AlignStep(objective, centre)(Recorder(world.scorer()), unit, learning_rate=0.0).skipped
     assert centre.value == 0.5
+
+
+def test_a_rank_without_rows_keeps_company_and_sends_nothing(world: Any) -> None:
+    unit = feed_of(world, Share(12, 10**6), Objective()).unit(1, 11)  # nine rows over twelve ranks
+    assert unit.arrays["usable"].shape == (0, 9, 4)
+    engine = Recorder(world.scorer())
+    result = AlignStep(Objective(), MarginCentre())(engine, unit, learning_rate=0.0)
+    assert not result.skipped
+    assert engine.boundaries == [True]
+    assert all(not gradient.any() for gradient in engine.gradients)
