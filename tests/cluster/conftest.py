@@ -38,11 +38,11 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def worker_node(cluster: Any) -> Iterator[Callable[[], Any]]:
-    """Adds a node of one CPU and a half; all such nodes go when the test ends."""
+    """Adds a node of three CPUs, one more than the head has; all such nodes go when the test ends."""
     added = []
 
     def add() -> Any:
-        added.append(cluster.add_node(num_cpus=1.5, object_store_memory=100 * 1024**2))
+        added.append(cluster.add_node(num_cpus=3, object_store_memory=100 * 1024**2))
         return added[-1]
 
     yield add

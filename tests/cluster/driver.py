@@ -115,6 +115,7 @@ def strike(kind: str, driver: int, place: Path) -> None:
         time.sleep(3)  # for it to be passed on: a step here takes milliseconds
     elif kind == "kill-node":
         os.kill(os.getppid(), signal.SIGKILL)  # the raylet; a machine's workers go with it
+        time.sleep(60)  # until this one does
     elif kind == "fill-disk":
         with contextlib.suppress(OSError), (place / "workspace" / "filler").open("wb", buffering=0) as filler:
             while True:

@@ -126,12 +126,13 @@ def test_a_hung_worker_a_dead_node_and_a_full_disk_change_nothing(
     drive: Any, quiet: Path, small_disk: Path, worker_node: Callable[[], Any]
 ) -> None:
     """The disk is full from step 3 to 8, the node of a worker dies at step 12, and a worker hangs at step 17."""
-    worker_node(), worker_node()
+    for _ in range(3):
+        worker_node()
     ended = drive(
         small_disk,
         *("fill-disk:3:0", "free-disk:8:0", "kill-node:12:1", "stop:17:1"),
-        hang_after_s=30,
-        worker_cpus=1.0,
+        hang_after_s=90,
+        worker_cpus=3.0,
     )
     assert ended.status == 0, ended.output
     assert "could not write the checkpoint of step 5" in ended.output
@@ -144,8 +145,9 @@ def test_with_fewer_machines_a_run_goes_on_with_fewer_workers(
     drive: Any, quiet: Path, tmp_path: Path, worker_node: Callable[[], Any]
 ) -> None:
     place = tmp_path / "fewer"
-    worker_node()
-    ended = drive(place, "kill-node:7:1", min_workers=1, worker_cpus=2.0)
+    for _ in range(2):
+        worker_node()
+    ended = drive(place, "kill-node:7:1", min_workers=1, worker_cpus=3.0)
     assert ended.status == 0, ended.output
     assert [line["rows"] for line in steps_of(place)] == TRACE
     assert newest(place).world_size == 1
