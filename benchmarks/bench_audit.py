@@ -5,7 +5,8 @@
 The workspace is made by hand from a seed: skewed popularity, timestamps, 20 candidates a row. The stage then runs as in
 any run, on a local Ray. `--rows` is `audit.rows`: how many test rows the rules score. Facts are of all rows.
 Memory is the sum over this process and all its descendants of what each has alone and its part of what is shared
-(PSS), sampled every half second; Ray's own processes count.
+(PSS), sampled every half second; Ray's own processes count. `cpu_s` is the processor time of the same processes: what
+the seconds come near to where nothing else runs, for most of it runs in one process.
 """
 
 import argparse
@@ -126,16 +127,17 @@ def audited(workspace: Workspace, rows: int, size: Size) -> dict[str, Any]:
     part = Audit(rows=rows)
     pipeline = Pipeline(name="bench", audit=part)
     with connect(Resources()), most_memory() as memory:
-        started = time.monotonic()
+        started, cpu = time.monotonic(), cpu_of_tree()
         with workspace.stage("audit", version=1, part={}, seed=0, inputs={}) as out:
             audit.run(Job(part, 0, Resources(), workspace, out, "bench", pipeline))
-        seconds = time.monotonic() - started
+        seconds, cpu = time.monotonic() - started, cpu_of_tree() - cpu
     facts = workspace.require("audit").facts
     return {
         "sequences": size.histories,
         "test_rows": size.test_rows,
         "scored_rows": facts["audited_rows"],
         "seconds": round(seconds, 1),
+        "cpu_s": round(cpu, 1),
         **{f"{name}_s": took for name, took in facts["seconds"].items()},
         "memory_gib": round(memory[0] / 2**30, 2),
     }
@@ -162,16 +164,26 @@ def most_memory() -> Iterator[list[int]]:
 
 def held_by_tree() -> int:
     """Return the bytes that this process and its descendants hold now; 0 without /proc."""
-    parents = {}
+    return sum(_proportional(pid) for pid in _tree())
+
+
+def cpu_of_tree() -> float:
+    """Return the seconds of processor time that this process and its living descendants have taken; 0 without /proc."""
+    return sum(sum(map(int, fields[11:13])) for fields in _tree().values()) / os.sysconf("SC_CLK_TCK")
+
+
+def _tree() -> dict[int, list[str]]:
+    """Return the fields of /proc/PID/stat after the name, of this process and its descendants."""
+    fields = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+            fields[int(status.parent.name)] = status.read_text().rpartition(")")[2].split()
         except OSError:  # ended meanwhile
             continue
     tree = {os.getpid()}
     for _ in range(8):  # as deep as Ray's processes go
-        tree |= {child for child, parent in parents.items() if parent in tree}
-    return sum(_proportional(pid) for pid in tree)
+        tree |= {child for child, each in fields.items() if int(each[1]) in tree}
+    return {pid: fields[pid] for pid in tree if pid in fields}
 
 
 def _proportional(pid: int) -> int:

@@ -1,7 +1,7 @@
 """Before any model: what rules without learning find, on the very rows and candidates that models will be judged by.
 
-Rules are fitted to training histories and to candidate lists of training and validation rows, and score test rows. That
-a rule knows the test targets' ranks decides nothing: only the verdict is kept, and no stage but the report reads it.
+Rules are fitted to training histories and to candidate lists of training and validation rows, and score test rows. What
+they find decides nothing: no stage but the report reads it.
 """
 
 import logging

@@ -15,6 +15,7 @@ def test_a_made_workspace_is_audited(tmp_path: Path) -> None:
     assert (row["test_rows"], row["scored_rows"]) == (300, 200)
     assert row["seconds"] >= row["fit_s"] > 0
     assert row["memory_gib"] > 0
+    assert row["cpu_s"] > 0
     assert workspace.require("audit").facts["leaks"] == []
     bench.write({"hardware": "here", "size": size._asdict(), "rows": [row]}, tmp_path / "out")
     assert "| sequences |" in next((tmp_path / "out").glob("*.md")).read_text()
