@@ -165,6 +165,9 @@ class Sft(Part):
     optimiser: Optimiser = Optimiser(learning_rate=3e-3)
     global_batch: Count = Field(16, description="Histories a step.")
     window_items: Count = Field(20, description="Items a row teaches: longer histories are cut into windows.")
+    shuffled: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="Share of histories cut into windows in a random order, others in every pass; for `titles`."
+    )
     passes: Count = 8
     patience: Count = Field(2, description="Validations without a better NDCG@10 before it stops.")
     validate_every: Positive = Field(1.0, description="Passes between validations.")

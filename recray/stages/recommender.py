@@ -79,7 +79,9 @@ def sft_feed(workspace: Workspace, catalogue: Catalogue, part: Sft, seed: int, w
     share = Share(world_size, part.tokens_per_micro_batch)
     order = Order(sft_rows(workspace, part, catalogue), part.global_batch, seed)
     if catalogue.streams:
-        return StreamFeed(_histories(workspace), catalogue, order, share, window_items=part.window_items)
+        return StreamFeed(
+            _histories(workspace), catalogue, order, share, window_items=part.window_items, shuffled=part.shuffled
+        )
     table = workspace.table("sequences", "train").sort_by("row")
     targets = table["target"].to_numpy().astype(np.int64)
     return ExampleFeed(list_arrays(table["history"]), targets, catalogue, order, share)

@@ -209,6 +209,8 @@ class StreamFeed:
 
     A row is one window of `window_items` items of one history. In every epoch a history's windows begin at another
     seeded place, so that an item is not always seen behind the same context; each item is a target once an epoch.
+    A share `shuffled` of the histories, others in every epoch, has its items in a seeded random order, so that a window
+    holds items from anywhere in the history: what goes together, beside what follows what.
     """
 
     def __init__(
@@ -219,9 +221,10 @@ class StreamFeed:
         share: Share,
         *,
         window_items: int,
+        shuffled: float = 0.0,
     ) -> None:
         self._histories, self._catalogue, self._share = histories, catalogue, share
-        self._order, self._window = order, window_items
+        self._order, self._window, self._shuffled = order, window_items, shuffled
         self._plan = OfStep(self._planned)
         self._history, self._number, self._slack = windows_of(
             np.array([history.size for history in histories], dtype=np.int64), window_items
@@ -249,8 +252,11 @@ class StreamFeed:
     def _items(self, row: int, epoch: int) -> Int[ndarray, " n"]:
         history = self._histories[int(self._history[row])]
         slack = int(self._slack[row])
-        key = [self._order.seed, epoch, int(self._history[row])]
-        shift = int(np.random.default_rng(key).integers(slack + 1)) if slack else 0
+        # Keyed by the history, not the row: all its windows are cut from one order, at one shift.
+        rng = np.random.default_rng([self._order.seed, epoch, int(self._history[row])])
+        shift = int(rng.integers(slack + 1)) if slack else 0
+        if rng.random() < self._shuffled:
+            history = rng.permutation(history)
         start = int(self._number[row]) * self._window - shift
         return history[max(0, start) : start + self._window]
 

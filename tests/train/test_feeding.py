@@ -106,6 +106,32 @@ def test_every_item_is_a_target_once_an_epoch_whatever_the_shift(world, window: 
     assert scored[0] == sum(world.catalogue.item_lengths[history].sum() for history in world.histories)
 
 
+def items_of(feed: StreamFeed, histories: list[np.ndarray], epoch: int) -> list[np.ndarray]:
+    """What each history's windows hold in one epoch, in the order of the windows."""
+    rows = range(feed._history.size)
+    return [
+        np.concatenate([feed._items(row, epoch) for row in rows if feed._history[row] == number])
+        for number in range(len(histories))
+    ]
+
+
+@pytest.mark.parametrize("shuffled", [0.25, 1.0])
+def test_so_many_histories_are_shuffled_whole_others_in_every_epoch(shuffled: float, world) -> None:  # type: ignore[no-untyped-def]
+    histories = [np.arange(25 + number % 10) for number in range(200)]
+    lengths = np.array([history.size for history in histories])
+    rows = int(windows_of(lengths, 7)[0].size)
+    order = Order(rows, 16, 3)
+    feed = StreamFeed(histories, world.catalogue, order, Share(1, 10**6), window_items=7, shuffled=shuffled)
+    epochs = [items_of(feed, histories, epoch) for epoch in range(3)]
+    for found in epochs:  # each item is still a target once
+        assert all(np.array_equal(np.sort(items), history) for items, history in zip(found, histories, strict=True))
+    moved = np.array([[not np.array_equal(*pair) for pair in zip(found, histories, strict=True)] for found in epochs])
+    np.testing.assert_allclose(moved.mean(axis=1), shuffled, atol=0.08)
+    both = np.flatnonzero(moved[0] & moved[1])
+    assert both.size < 0.5 * len(histories) or shuffled == 1
+    assert not any(np.array_equal(epochs[0][number], epochs[1][number]) for number in both)
+
+
 def test_a_prompt_that_lists_candidates_does_not_give_the_target_away(world) -> None:  # type: ignore[no-untyped-def]
     template = find_template("instruction_candidates")
     catalogue = Catalogue.build(world.catalogue.labels, world.tokenizer, template, 400)
@@ -143,10 +169,14 @@ def feeds(world) -> Feeds:  # type: ignore[no-untyped-def]
     def stream(batch: int, share: Share) -> StreamFeed:
         return StreamFeed(world.histories, world.catalogue, Order(windows, batch, 5), share, window_items=3)
 
+    def shuffled(batch: int, share: Share) -> StreamFeed:
+        order = Order(windows, batch, 5)
+        return StreamFeed(world.histories, world.catalogue, order, share, window_items=3, shuffled=0.5)
+
     def example(batch: int, share: Share) -> ExampleFeed:
         return ExampleFeed(world.histories, np.arange(24), catalogue, Order(24, batch, 5), share)
 
-    return {"align": align, "stream": stream, "example": example}
+    return {"align": align, "stream": stream, "shuffled": shuffled, "example": example}
 
 
 def contents(units: list[Unit]) -> dict[int, list[ndarray]]:
@@ -182,7 +212,7 @@ def draws(
     }
 
 
-@pytest.mark.parametrize("kind", ["align", "stream", "example"])
+@pytest.mark.parametrize("kind", ["align", "stream", "shuffled", "example"])
 @settings(max_examples=30)
 @given(
     worlds=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -209,7 +239,7 @@ def test_what_is_drawn_for_a_row_follows_from_seed_epoch_and_row(
         assert one[key] == other[key]
 
 
-@pytest.mark.parametrize("kind", ["stream", "example"])
+@pytest.mark.parametrize("kind", ["stream", "shuffled", "example"])
 def test_another_epoch_draws_anew(feeds: Feeds, kind: str) -> None:
     feed = feeds[kind](1, Share(1, 10**6))
     seen: dict[int, set[bytes]] = {}
