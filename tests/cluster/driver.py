@@ -107,6 +107,7 @@ def strike(kind: str, driver: int, place: Path) -> None:
     elif kind == "term":
         os.kill(os.getpid(), signal.SIGTERM)
     elif kind == "stop":  # hangs with all its threads
+        (place / "stopped").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "kill-driver":
         os.kill(driver, signal.SIGKILL)

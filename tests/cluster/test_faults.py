@@ -4,10 +4,13 @@ docs/faults.md lists what happened in each, how long it took to recover and what
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip("a small disk can't be mounted here; it takes a superuser")
     yield place
+    if (place / "stopped").exists():
+        with suppress(ProcessLookupError):
+            os.kill(int((place / "stopped").read_text()), signal.SIGKILL)
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
