@@ -10,6 +10,7 @@ from recray import schema
 from recray.ranking.behaviour import Listed, Recency, RecentPopularity, Transitions
 from recray.ranking.orders import (
     Order,
+    _springs,
     ascending_share,
     consecutive,
     order_of_histories,
@@ -158,6 +159,13 @@ def test_the_order_that_histories_follow_is_found_though_no_id_holds_it() -> Non
     assert ascending_share(found, *again) > 0.95
     free = order_of_histories(*_walks(rng, secret, are_sorted=False), 150, seed=0)
     assert ascending_share(free, *_walks(rng, secret, are_sorted=False)) < 0.6
+
+
+def test_springs_put_a_chain_in_line_and_leave_others_at_rest() -> None:
+    place = _springs(ints([0, 1, 1]), ints([1, 2, 3]), ints([1, 3, 1, 1, 0]))
+    assert place[0] < place[1] < place[2] == place[3]
+    assert place[1] - place[0] == pytest.approx(1, abs=0.1)
+    assert place[4] == 0
 
 
 def test_an_order_of_very_many_pairs_is_fitted_to_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
