@@ -15,6 +15,7 @@ test: $(STAMP)
 # Alone on the machine, or its times mean nothing.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_scoring --out benchmarks/results
+	$(BIN)/python -m benchmarks.bench_checkpoint --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_global_batch --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_audit --out benchmarks/results
 

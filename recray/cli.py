@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recray import __version__
-from recray.errors import ConfigError, RecrayError
+from recray.errors import ConfigError, RecrayError, StopRequestedError
 
 if TYPE_CHECKING:
     from recray.config import Pipeline
     from recray.workspace import Workspace
 
+STATUS = {ConfigError: 2, StopRequestedError: 128 + 15}  # exit statuses; that of other errors is 1
 STAGE_HELP = {
     "ingest": "Read logs and catalogue into one schema; set aside what can't be used.",
     "sequences": "Put histories in time order, split them, draw evaluation candidates.",
@@ -66,7 +67,7 @@ def main(command: str | None = None) -> None:
         if own is None:
             raise
         typer.echo(f"error: {own}", err=True)
-        sys.exit(2 if isinstance(own, ConfigError) else 1)
+        sys.exit(STATUS.get(type(own), 1))
 
 
 def _own_error(error: Exception) -> RecrayError | None:
