@@ -92,17 +92,25 @@ def duplicate_facts(rows: Rows, targets: Ints, train_rows: Hash) -> list[Fact]:
     ]
 
 
-def time_facts(targets: Ints, users: Ints, training: Training, log: Log | None, num_items: int) -> list[Fact]:
-    """Return how much of training is later than what is to be foretold; unknown without a clock."""
+def time_facts(
+    targets: Ints, users: Ints, training: Training, log: Log | None, when_trained: Ints | None, num_items: int
+) -> list[Fact]:
+    """Return how much of training is later than what is to be foretold; unknown without a clock.
+
+    Args:
+        targets, users: of the evaluation rows.
+        training: all training histories.
+        log, when_trained: the log, and when each training interaction happened first; None without a clock.
+        num_items: I.
+    """
     names = ("training interactions later than half of the targets", "rows with training of the same user later")
     notes = (
         "models know what the world did after the moment they foretell; a split by time has none",
         "later than the row's target: the user's own future",
     )
-    if log is None:
+    if log is None or when_trained is None:
         return [Fact(name, None, None, "the log has no timestamps") for name in names]
     when_target = times_of(log, users, targets, num_items, latest=True)
-    when_trained = times_of(log, training.owners, training.items, num_items, latest=False)
     if len(when_target) == 0 or (when_target < 0).all():
         return [Fact(name, None, None, "the targets are not in the log") for name in names]
     moment = np.median(when_target[when_target >= 0])

@@ -59,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 2_048
 RESERVED = ("id", "title", "order")  # how orders are named that are no column of the user's
-FITTED_HISTORIES = 250_000  # what co-occurrence and transitions count; a seeded part of more
+# Training histories that are counted, a seeded part of more: co-occurrence holds every pair within a history.
+FITTED_PAIRS, FITTED_NEIGHBOURS = 100_000, 500_000
 FITTED_LISTS = 200_000  # what rules about candidate lists are fitted to; a seeded part of more
 
 
@@ -73,10 +74,11 @@ class Suspect(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The training histories, users as codes, and when each item of them was met where the log has a clock."""
+    """The training histories, users as codes, and the log with its times where it has a clock."""
 
     histories: Training
     log: Log | None
+    times: NDArray[np.int64] | None  # when each item of the histories was first met; -1 where the log does not hold it
     names: pa.Array  # of the users that the codes stand for
 
 
@@ -92,7 +94,7 @@ def run(job: Job) -> None:
         raise DataError("sequences/test has no rows, so there is nothing to audit; see sequences.test_fraction")
     clock = [time.monotonic()]
     items = job.workspace.table("ingest", "items", ["item_id", "title"])
-    trained = _trained(job.workspace)
+    trained = _trained(job.workspace, len(items))
     sample = test.take(_sampled(test.num_rows, part.rows, job.seed))
     clock.append(time.monotonic())
     neighbours = consecutive(trained.histories.items, trained.histories.lengths)
@@ -124,7 +126,7 @@ def _sampled(num_rows: int, most: int, seed: int) -> pa.Array:
     return pa.array(np.sort(np.random.default_rng([seed, 8]).choice(num_rows, most, replace=False)))
 
 
-def _trained(workspace: Workspace) -> Trained:
+def _trained(workspace: Workspace, num_items: int) -> Trained:
     histories = workspace.table("sequences", "histories", ["user_id", "items"])
     flat, lengths = flat_lists(histories["items"])
     known = workspace.require("ingest")
@@ -137,7 +139,11 @@ def _trained(workspace: Workspace) -> Trained:
         log = Log(codes, table["item"].to_numpy().astype(np.int64), table["time"].to_numpy())
     else:
         names = pc.unique(histories["user_id"])
-    return Trained(Training(flat.astype(np.int64), lengths, _codes(histories["user_id"], names)), log, names)
+    training = Training(flat.astype(np.int64), lengths, _codes(histories["user_id"], names))
+    times = None
+    if log is not None:
+        times = times_of(log, training.owners, training.items, num_items, latest=False)
+    return Trained(training, log, times, names)
 
 
 def _codes(users: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int64]:
@@ -170,18 +176,17 @@ def _orders(job: Job, items: pa.Table, first: NDArray[np.int64], second: NDArray
 def _baselines(trained: Trained, num_items: int, seed: int) -> list[Suspect]:
     histories = trained.histories
     popularity = item_popularity(histories.items, num_items)
-    counted, lengths = _some(histories.items, histories.lengths, FITTED_HISTORIES, seed)
-    first, second = consecutive(counted, lengths)
+    paired = _some(histories.items, histories.lengths, FITTED_PAIRS, seed)
+    first, second = consecutive(*_some(histories.items, histories.lengths, FITTED_NEIGHBOURS, seed))
     baselines = [
         Suspect("popularity", Listed(Popularity(popularity))),
         Suspect("recency", Recency(num_items)),
-        Suspect("co-occurrence", Listed(Cooccurrence.of(counted, lengths, num_items))),
+        Suspect("co-occurrence", Listed(Cooccurrence.of(*paired, num_items))),
         Suspect("transitions", Transitions.of(first, second, popularity)),
     ]
-    if trained.log is not None:
-        times = times_of(trained.log, histories.owners, histories.items, num_items, latest=False)
-        known = times >= 0
-        recent = RecentPopularity.of(histories.items[known], times[known], num_items)
+    if trained.times is not None:
+        known = trained.times >= 0
+        recent = RecentPopularity.of(histories.items[known], trained.times[known], num_items)
         baselines.insert(1, Suspect("recent popularity", recent))
     return baselines
 
@@ -317,7 +322,7 @@ def _facts(workspace: Workspace, test: pa.Table, trained: Trained, num_items: in
     return [
         *row_facts(rows, targets, users, trained.histories, num_items),
         *duplicate_facts(rows, targets, taught),
-        *time_facts(targets, users, trained.histories, trained.log, num_items),
+        *time_facts(targets, users, trained.histories, trained.log, trained.times, num_items),
     ]
 
 

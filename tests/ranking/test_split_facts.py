@@ -92,18 +92,26 @@ def test_the_first_and_the_latest_meeting() -> None:
     assert times_of(Log(ints([]), ints([]), ints([])), *asked, ITEMS, latest=True).tolist() == [-1] * 4
 
 
+def told(
+    targets: list[int], users: list[int], training: Training, log: Log | None
+) -> list[tuple[int | None, int | None]]:
+    trained = None if log is None else times_of(log, training.owners, training.items, ITEMS, latest=False)
+    return numbers(time_facts(ints(targets), ints(users), training, log, trained, ITEMS))
+
+
 def test_training_from_the_future_is_counted() -> None:
     # user 0: 0 at 1, 1 at 2, 2 at 3; user 1: 3 at 10, 4 at 20, 5 at 5
     log = Log(ints([0, 0, 0, 1, 1, 1]), ints([0, 1, 2, 3, 4, 5]), ints([1, 2, 3, 10, 20, 5]))
     training = training_of([[0, 1], [3, 4]], [0, 1])
-    facts = time_facts(ints([2, 5]), ints([0, 1]), training, log, ITEMS)
-    assert numbers(facts) == [(2, 4), (1, 2)]  # 10 and 20 are later than 4; user 1 is trained on what follows 5
-    cut = time_facts(ints([2]), ints([0]), training_of([[0, 1]], [0]), log, ITEMS)
-    assert numbers(cut) == [(0, 2), (0, 1)]
+    assert told([2, 5], [0, 1], training, log) == [
+        (2, 4),
+        (1, 2),
+    ]  # 10 and 20 are later than 4; user 1 is trained on what follows 5
+    assert told([2], [0], training_of([[0, 1]], [0]), log) == [(0, 2), (0, 1)]
 
 
 def test_without_a_clock_nothing_is_said() -> None:
     training = training_of([[0, 1]], [0])
-    assert numbers(time_facts(ints([2]), ints([0]), training, None, ITEMS)) == [(None, None)] * 2
+    assert told([2], [0], training, None) == [(None, None)] * 2
     elsewhere = Log(ints([0]), ints([0]), ints([1]))
-    assert numbers(time_facts(ints([2]), ints([-1]), training, elsewhere, ITEMS)) == [(None, None)] * 2
+    assert told([2], [-1], training, elsewhere) == [(None, None)] * 2
