@@ -30,8 +30,10 @@ from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context as reporting
 
+from recray import errors
 from recray.config import Resources
-from recray.errors import DivergenceError, StopRequestedError
+from recray.errors import CheckpointError, DivergenceError, MachineLeavingError, RecrayError, StopRequestedError
+from recray.stages.cluster import own_error
 from recray.stages.notice import Listener, ListeningTorch, board_for_workers
 from recray.train.checkpoint import CheckpointStore, folder_of
 from recray.train.context import Notice
@@ -47,8 +49,8 @@ NUMBER_CPUS = 0.1
 PROGRESS_EVERY_S = 15.0
 ARM_EVERY_S = 1.0
 UNITS, ENDED = "units", "ended.json"
-# Every rank raises these alike, and starting the group again would end the same way.
-FINAL = {error.__name__: error for error in (DivergenceError, StopRequestedError)}
+# Every rank raises these alike, so that none is left waiting for the others when all return.
+ALIKE = (CheckpointError, DivergenceError, StopRequestedError)
 
 
 class Feed(Protocol):
@@ -253,6 +255,7 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
     Raises:
         DivergenceError: if too many steps had a loss or gradient that was not finite.
         StopRequestedError: if this process got SIGTERM meanwhile; the checkpoint is written.
+        RecrayError: what a worker or its feed refused.
     """
     store = checkpoints(workspace, fit.run, resources)
     workspace.remove(".training", fit.run, ENDED)
@@ -277,7 +280,7 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
     if workspace.exists(".training", fit.run, ENDED):
         ended = workspace.json(".training", fit.run, ENDED)
         workspace.remove(".training", fit.run, ENDED)
-        raise FINAL[ended["error"]](ended["message"])
+        raise getattr(errors, ended["error"])(ended["message"])
     return Fitted(store)
 
 
@@ -311,10 +314,16 @@ def log_folder(workspace: Workspace, run: str) -> str:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Run on every rank: the loop, with a log of its own on rank 0."""
+    """Run on every rank: the loop, with a log of its own on rank 0.
+
+    What recray itself refuses would be refused again by every new group: it is noted for the driver, and a group that
+    finds the note ends at once.
+    """
     fit: Fit = config["fit"]
     workspace: Workspace = config["workspace"]
     resources: Resources = config["resources"]
+    if workspace.exists(".training", fit.run, ENDED):
+        return
     if not torch.cuda.is_available():
         torch.set_num_threads(resources.threads_per_worker)
     # A logger that Ray 2.60 names after its file, so that no setting of Ray's silences it; a line a report and rank.
@@ -325,10 +334,14 @@ def _worker(config: dict[str, Any]) -> None:
     own = Path(folder) if context.rank == 0 else Path(tempfile.mkdtemp(prefix="recray-log-"))
     try:
         fit.work(context, MetricsLog(own))
-    except tuple(FINAL.values()) as error:
-        if context.rank == 0:
-            ended = {"error": type(error).__name__, "message": str(error)}
-            workspace.write_json(ended, ".training", fit.run, ENDED)
+    except Exception as error:
+        refused = own_error(error)
+        if refused is None or isinstance(refused, MachineLeavingError) or type(refused) is RecrayError:
+            raise
+        ended = {"error": type(refused).__name__, "message": str(refused)}
+        workspace.write_json(ended, ".training", fit.run, ENDED)
+        if not isinstance(refused, ALIKE):
+            raise
     finally:
         faulthandler.cancel_dump_traceback_later()
     if context.rank == 0 and not local:

@@ -20,7 +20,7 @@ import torch
 
 from recray.config import Objective, Resources
 from recray.data.examples import ExampleShards
-from recray.errors import RecrayError
+from recray.errors import ModelError, RecrayError
 from recray.lm.load import open_catalogue, open_recommender
 from recray.lm.scorer import ItemScorer
 from recray.stages.cluster import connect, log_lines
@@ -102,27 +102,28 @@ def is_first_time(place: Path, fault: str) -> bool:
 
 def strike(kind: str, driver: int, place: Path) -> None:
     """Let it happen, to this process or around it."""
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif kind == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
-    elif kind == "stop":  # hangs with all its threads
-        (place / "stopped").write_text(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif kind == "kill-driver":
-        os.kill(driver, signal.SIGKILL)
-    elif kind == "term-driver":
-        os.kill(driver, signal.SIGTERM)
-        time.sleep(3)  # for it to be passed on: a step here takes milliseconds
-    elif kind == "kill-node":
-        os.kill(os.getppid(), signal.SIGKILL)  # the raylet; a machine's workers go with it
-        time.sleep(60)  # until this one does
-    elif kind == "fill-disk":
-        with contextlib.suppress(OSError), (place / "workspace" / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(1 << 16))
+    me, filler = os.getpid(), place / "workspace" / "filler"
+    signals = {
+        "kill": (me, signal.SIGKILL),
+        "term": (me, signal.SIGTERM),
+        "stop": (me, signal.SIGSTOP),  # hangs with all its threads
+        "kill-driver": (driver, signal.SIGKILL),
+        "term-driver": (driver, signal.SIGTERM),
+        "kill-node": (os.getppid(), signal.SIGKILL),  # the raylet; a machine's workers go with it
+    }
+    if kind in signals:
+        (place / f"{kind}.pid").write_text(str(me))
+        os.kill(*signals[kind])
+        # For it to be passed on, as a step here takes milliseconds; or until this process goes.
+        time.sleep({"term-driver": 3, "kill-node": 60}.get(kind, 0))
+    elif kind == "refuse":
+        raise ModelError("this rank alone can't go on")
     elif kind == "free-disk":
-        (place / "workspace" / "filler").unlink()
+        filler.unlink()
+    else:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
 
 
 def main() -> None:

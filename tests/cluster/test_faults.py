@@ -111,6 +111,13 @@ def test_killed_workers_drivers_and_a_damaged_checkpoint_change_nothing(
         np.testing.assert_allclose(tensor, theirs[name], atol=1e-5, rtol=0, err_msg=name)
 
 
+def test_what_one_rank_refuses_ends_the_run_with_its_own_words(drive: Any, tmp_path: Path) -> None:
+    ended = drive(tmp_path / "refused", "refuse:3:1")
+    assert ended.status == 3
+    assert ended.output.endswith("ModelError: this rank alone can't go on\n")
+    assert ended.output.count("step 0: ndcg@10") == 1  # no group tried again
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MiB."""
@@ -122,9 +129,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip("a small disk can't be mounted here; it takes a superuser")
     yield place
-    if (place / "stopped").exists():
+    if (place / "stop.pid").exists():
         with suppress(ProcessLookupError):
-            os.kill(int((place / "stopped").read_text()), signal.SIGKILL)
+            os.kill(int((place / "stop.pid").read_text()), signal.SIGKILL)
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
