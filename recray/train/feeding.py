@@ -132,7 +132,7 @@ class AlignFeed:
             for own in places
         ]
         mine = np.concatenate(places)
-        arrays = {"place": mine, "reference": examples.reference[:, : 1 + self.num_negatives]}
+        arrays = {"place": mine, "reference": examples.reference[:, : items.shape[1]].copy()}
         arrays |= self._borrowing(examples, items, mine)
         return Unit(step, rank, micro_batches, arrays, rows_of_step(self._order, step).tolist())
 

@@ -261,6 +261,17 @@ def test_not_one_bit_of_a_borrowers_part_depends_on_its_company(world, name: str
         np.testing.assert_array_equal(other, found[0])
 
 
+def test_what_is_done_to_a_unit_does_not_reach_the_next(world) -> None:  # type: ignore[no-untyped-def]
+    feed = align_feed(world, Share(2, 10**6))
+    first = feed.unit(0, 0)
+    expected = {name: array.copy() for name, array in first.arrays.items()}
+    for array in first.arrays.values():
+        array[...] = 0
+    again = feed.unit(0, 0)
+    for name, array in again.arrays.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
 @pytest.mark.parametrize("margin", ["per_negative", "batch"])
 def test_borrowing_worked_out_in_chunks_is_the_same_and_takes_less(  # type: ignore[no-untyped-def]
     world, monkeypatch: pytest.MonkeyPatch, margin: str
