@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ class Surroundings:
 POISONED: set[int] = set()
 
 
-def descend(engine: Engine, unit: Unit, rate: float) -> StepResult:
-    """One step of a quadratic with a minimum that depends on the step: order and optimiser state matter."""
-    target = float(unit.rows[0])
+def descend(centre: MarginCentre, engine: Engine, unit: Unit, rate: float) -> StepResult:
+    """One step of a quadratic whose minimum depends on all steps so far: order, optimiser and centre matter."""
+    target = centre.update(float(unit.rows[0]))
     loss = sum((p - target).square().sum() for p in engine.module.parameters())
     assert isinstance(loss, Tensor)
     engine.backward(loss * (math.nan if unit.rows[0] in POISONED else 1.0), last=True)
@@ -94,7 +95,7 @@ def run(
     seen = len([line for line in log.lines() if line["kind"] == "validation"])
     waiting = iter(scores[seen:])
     centre = MarginCentre()
-    progress = fit(engine, context, plan, descend, lambda: {"ndcg@10": next(waiting)}, log, centre)
+    progress = fit(engine, context, plan, partial(descend, centre), lambda: {"ndcg@10": next(waiting)}, log, centre)
     return progress, engine, log
 
 
