@@ -18,7 +18,7 @@ from pyarrow import fs as pafs
 
 from recray.config import Columns, Ingest
 from recray.data.hashing import hash_strings, mix
-from recray.data.reading import CONTENT, FAULT, FORMS, ROW, File, form_of, nearest
+from recray.data.reading import CONTENT, FAULT, ROW, File, form_of, known_endings, nearest
 from recray.errors import DataError
 from recray.schema import INTERACTIONS, ITEMS, REJECTED
 
@@ -119,7 +119,7 @@ def resolve(ingest: Ingest) -> Source:
     else:
         interactions = [file for file in files if not _is_named(file, "items")]
     if not interactions and not sequences:
-        raise DataError(f"ingest.data {ingest.data}: no log in it; expected files that end in {_endings()}")
+        raise DataError(f"ingest.data {ingest.data}: no log in it; expected files that end in {known_endings()}")
     if ingest.items is not None:
         items_fs, _, items, _ = _find(ingest.items, "ingest.items")
     else:
@@ -421,13 +421,16 @@ def _find(named: str, setting: str) -> tuple[pafs.FileSystem, str, list[File], b
         raise DataError(f"{setting} {named}: there is no such file or folder")
     if info.type == pafs.FileType.File:
         if form_of(path) is None:
-            raise DataError(f"{setting} {named}: expected a file that ends in {_endings()}")
+            raise DataError(f"{setting} {named}: expected a file that ends in {known_endings()}")
         return fs, path.rsplit("/", 1)[0], [_file(info, path.rsplit("/", 1)[0])], False
     files = _files_below(fs, path)
     if first_wild is not None:
         files = [file for file in files if _matches(file.name.split("/"), steps[first_wild:])]
     if not files:
-        raise DataError(f"{setting} {named}: no file there ends in {_endings()}")
+        others = [info.base_name for info in _all_below(fs, path)][:5]
+        raise DataError(
+            f"{setting} {named}: no file there ends in {known_endings()}; it has: {', '.join(others) or 'no file'}"
+        )
     return fs, path, files, first_wild is None
 
 
@@ -441,9 +444,13 @@ def _file_system(path: str, setting: str) -> tuple[pafs.FileSystem, str]:
     return fs, root.rstrip("/")
 
 
-def _files_below(fs: pafs.FileSystem, base: str) -> list[File]:
+def _all_below(fs: pafs.FileSystem, base: str) -> list[pafs.FileInfo]:
     found = fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-    files = [_file(info, base) for info in found if info.type == pafs.FileType.File and form_of(info.path)]
+    return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
+
+
+def _files_below(fs: pafs.FileSystem, base: str) -> list[File]:
+    files = [_file(info, base) for info in _all_below(fs, base) if form_of(info.path)]
     visible = [file for file in files if not any(step[0] in "._" for step in file.name.split("/"))]
     return sorted(visible, key=lambda file: file.name)
 
@@ -471,7 +478,3 @@ def _matches(steps: Sequence[str], pattern: Sequence[str]) -> bool:
     if pattern[0] == "**":
         return any(_matches(steps[place:], pattern[1:]) for place in range(len(steps) + 1))
     return bool(steps) and fnmatch.fnmatchcase(steps[0], pattern[0]) and _matches(steps[1:], pattern[1:])
-
-
-def _endings() -> str:
-    return ", ".join("." + ending for ending in FORMS)

@@ -1,8 +1,11 @@
 """Files of a user, read in pieces, so that every row keeps its file and its number.
 
-A Parquet file is read by runs of row groups, a CSV or JSONL file as one piece in blocks of lines. A line that can't be
-read (bytes that are no UTF-8, another number of fields, no JSON) comes out with its fault instead of its values:
-nothing a file holds is lost between reading and cleaning.
+A Parquet file is read by runs of row groups, a text file (CSV, TSV, RecBole's atomic files, JSONL; compressed or not) as
+one piece in blocks of lines. A line that can't be read (bytes that are no UTF-8, another number of fields, no JSON) comes
+out with its fault instead of its values: nothing a file holds is lost between reading and cleaning.
+
+Source of the atomic files: https://recbole.io/docs/user_guide/data/atomic_files.html. They are read as its conversion
+tools write them: fields joined by tabs, quotes being characters like any other.
 """
 
 import difflib
@@ -22,7 +25,9 @@ from pyarrow import fs as pafs
 from recray.errors import DataError
 
 FORMS = {"parquet": "parquet", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl"}
+FORMS |= {"inter": "atomic", "item": "atomic"}
 COMPRESSIONS = ("gz", "bz2", "zst")
+FIELD_TYPES = ("token", "float", "token_seq", "float_seq")  # of an atomic file
 
 ROW, FAULT, CONTENT = "__row", "__fault", "__content"
 MALFORMED, BROKEN_ENCODING = "malformed row", "broken encoding"
@@ -41,8 +46,13 @@ class File(NamedTuple):
 
     @property
     def form(self) -> str:
-        """How it is written: parquet, csv, tsv or jsonl."""
+        """How it is written: parquet, csv, tsv, atomic or jsonl."""
         return form_of(self.path) or ""
+
+    @property
+    def ending(self) -> str:
+        """The end of its name that says how it is written, without that of a compression."""
+        return ending_of(self.path)
 
 
 class Piece(NamedTuple):
@@ -54,11 +64,26 @@ class Piece(NamedTuple):
 
 
 def form_of(path: str) -> str | None:
-    """Return how a file is written, by the end of its name, or None where it is no form recray reads."""
+    """Return how a file is written, by the end of its name, or None where it is no form recray reads.
+
+    Text may be compressed as a whole; Parquet compresses inside, and can't be read through another compression.
+    """
+    form = FORMS.get(ending_of(path))
+    return None if form == "parquet" and path.lower().endswith(COMPRESSIONS) else form
+
+
+def ending_of(path: str) -> str:
+    """Return the end of a file's name without that of a compression: `inter` of `a/ml-100k.inter.gz`, "" without one."""
     parts = path.rsplit("/", 1)[-1].lower().split(".")
-    if parts[-1] in COMPRESSIONS:
+    if len(parts) > 1 and parts[-1] in COMPRESSIONS:
         parts.pop()
-    return FORMS.get(parts[-1]) if len(parts) > 1 else None
+    return parts[-1] if len(parts) > 1 else ""
+
+
+def known_endings() -> str:
+    """Return the ends of names that are read, for errors."""
+    endings = ", ".join("." + ending for ending in FORMS)
+    return f"{endings} (text also compressed, as in .csv.gz: {', '.join('.' + each for each in COMPRESSIONS)})"
 
 
 def column_names(fs: pafs.FileSystem, file: File) -> list[str]:
@@ -69,18 +94,32 @@ def column_names(fs: pafs.FileSystem, file: File) -> list[str]:
     """
     if file.form == "parquet":
         return list(_open_parquet(fs, file).schema_arrow.names)
-    with _open_stream(fs, file) as stream:
-        block = next(_line_blocks(stream), None)
+    try:
+        with _open_stream(fs, file) as stream:
+            block = next(_line_blocks(stream), None)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DataError(f"{file.name} can't be read ({_first_line(error)}); is it cut off?") from None
     if block is None:
         raise DataError(f"{file.name} is empty; expected {'a header and rows' if file.form != 'jsonl' else 'rows'}")
     lines = block[1].split(b"\n")
-    if file.form in ("csv", "tsv"):
+    if file.form != "jsonl":
         return _header(file, lines[0])
     names: dict[str, None] = {}
     for line in lines[:1000]:
         value = _json_object(line)
         names |= dict.fromkeys(value or ())
     return list(names)
+
+
+def field_types(fs: pafs.FileSystem, file: File) -> dict[str, str]:
+    """Return the type of each field of an atomic file, as its header gives it.
+
+    Raises:
+        DataError: if a field has no type, or one that RecBole does not know.
+    """
+    with _open_stream(fs, file) as stream:
+        _, block = next(_line_blocks(stream), (0, b""))
+    return _typed_header(file, block.split(b"\n")[0])
 
 
 def pieces_of(fs: pafs.FileSystem, file: File) -> list[Piece]:
@@ -181,6 +220,8 @@ def _line_blocks(stream: pa.NativeFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _header(file: File, line: bytes) -> list[str]:
+    if file.form == "atomic":
+        return list(_typed_header(file, line))
     try:
         table = pacsv.read_csv(io.BytesIO(line.rstrip(b"\r") + b"\n"), parse_options=_csv_options(file))
     except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -188,8 +229,26 @@ def _header(file: File, line: bytes) -> list[str]:
     return list(table.column_names)
 
 
+def _typed_header(file: File, line: bytes) -> dict[str, str]:
+    fields = line.rstrip(b"\r").decode(errors="replace").split("\t")
+    types = dict((name, kind) for name, _, kind in (field.rpartition(":") for field in fields))
+    wrong = [field for field in fields if field.rpartition(":")[2] not in FIELD_TYPES or ":" not in field[1:]]
+    if wrong or len(types) < len(fields):
+        told = f"field {wrong[0][:80]!r}" if wrong else "a field twice"
+        raise DataError(
+            f"{file.name} has {told} in its header; expected NAME:TYPE, fields apart by tabs, as in "
+            f"user_id:token, with a type of {', '.join(FIELD_TYPES)}. Other tables with tabs end in .tsv"
+        )
+    return types
+
+
 def _csv_options(file: File, **more: Any) -> pacsv.ParseOptions:
-    return pacsv.ParseOptions(delimiter="\t" if file.form == "tsv" else ",", **more)
+    more["quote_char"] = '"' if _has_quotes(file) else False
+    return pacsv.ParseOptions(delimiter="," if file.form == "csv" else "\t", **more)
+
+
+def _has_quotes(file: File) -> bool:
+    return file.form in ("csv", "tsv")
 
 
 def _read_lines(fs: pafs.FileSystem, file: File, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -201,7 +260,7 @@ def _read_lines(fs: pafs.FileSystem, file: File, columns: Sequence[str]) -> Iter
                 line, _, block = block.partition(b"\n")
                 header = _header(file, line)
             first_row = max(first - has_header, 0)
-            kept, rows, faults = _sound_lines(block, first_row, quotes=has_header)
+            kept, rows, faults = _sound_lines(block, first_row, quotes=_has_quotes(file))
             if len(rows):
                 read = _read_csv_block if has_header else _read_json_block
                 yield from read(file, kept, rows, header, columns)

@@ -1,0 +1,129 @@
+"""The same rows in every form that is read: the tables that come out are those of the Parquet of the same content."""
+
+import bz2
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recray.config import Columns, Ingest
+from recray.data import reading
+from recray.data.items import read_items
+from recray.data.logs import CLEANED, Source, cleaned_interactions, log_columns, resolve
+from recray.data.reading import column_names, form_of, pieces_of, read_piece
+from recray.errors import DataError
+
+IDS = pa.array([str(number) for number in range(7)])
+LOG: list[dict[str, Any]] = [
+    {"user_id": f"u{n % 5}", "item_id": n % 7, "timestamp": 1_600_000_000 + 60 * n, "rating": 0.5 + n % 5}
+    for n in range(40)
+]
+ITEMS: list[dict[str, Any]] = [
+    {"item_id": n, "title": f'The "{n}" of Zoë', "genres": ["Drama", "Sci-Fi"][: n % 3]} for n in range(7)
+]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda text: pa.compress(text, "zstd", asbytes=True),
+}
+TYPES = {"user_id": "token", "item_id": "token", "timestamp": "float", "rating": "float"}
+
+
+def text_of(rows: list[dict[str, Any]], form: str) -> bytes:
+    """The rows as a file of one form holds them; lists as text, as the form has it."""
+    if form == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    tab = "," if form == "csv" else "\t"
+    atomic = form in ("inter", "item")
+    types = TYPES | {"title": "token_seq", "genres": "token_seq"}
+
+    def field(value: object) -> str:
+        if isinstance(value, list):
+            value = (" " if atomic else "|").join(value)
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if '"' in text and not atomic else text
+
+    header = [f"{name}:{types[name]}" if atomic else name for name in rows[0]]
+    return "\n".join(tab.join(line) for line in [header, *([field(v) for v in row.values()] for row in rows)]).encode()
+
+
+def write_log(folder: Path, form: str, compression: str = "") -> Path:
+    """A folder with the log and its catalogue in one form."""
+    folder.mkdir()
+    names = ("x.inter", "x.item") if form == "atomic" else (f"interactions.{form}", f"items.{form}")
+    for name, rows in zip(names, (LOG, ITEMS), strict=True):
+        if form == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), folder / name)
+        else:
+            text = COMPRESS[compression](text_of(rows, name.rsplit(".")[-1]))
+            (folder / (name + compression)).write_bytes(text)
+    return folder
+
+
+def cleaned(source: Source, columns: Columns | None = None) -> pa.Table:
+    """All rows of the log of a source, cleaned."""
+
+    def parts() -> Iterator[pa.Table]:
+        yield CLEANED.empty_table()
+        for file in source.interactions:
+            found = log_columns(file, column_names(source.fs, file), columns or Columns(), None)
+            for piece in pieces_of(source.fs, file):
+                for raw in read_piece(source.fs, piece, found.names):
+                    yield cleaned_interactions(raw, file, found, IDS, min_rating=None, seed=0)
+
+    return pa.concat_tables(list(parts())).combine_chunks()
+
+
+@pytest.fixture(scope="module")
+def as_parquet(tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, pa.Table]:
+    source = resolve(Ingest(data=str(write_log(tmp_path_factory.mktemp("as") / "parquet", "parquet"))))
+    return cleaned(source), read_items(source.items_fs, source.items, Columns(), 0)
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_every_form_gives_the_tables_of_parquet(
+    tmp_path: Path, as_parquet: tuple[pa.Table, pa.Table], form: str, compression: str
+) -> None:
+    source = resolve(Ingest(data=str(write_log(tmp_path / "log", form, compression))))
+    log, items = as_parquet
+    assert log["reason"].null_count == len(LOG)
+    assert cleaned(source).equals(log)
+    assert read_items(source.items_fs, source.items, Columns(), 0).equals(items)
+
+
+def test_small_blocks_of_a_compressed_file_are_the_same_rows(
+    tmp_path: Path, as_parquet: tuple[pa.Table, pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+    source = resolve(Ingest(data=str(write_log(tmp_path / "log", "tsv", ".gz"))))
+    assert cleaned(source).equals(as_parquet[0])
+
+
+def test_a_compressed_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "log", "csv", ".gz")
+    path = folder / "interactions.csv.gz"
+    path.write_bytes(b"user_id,item_id")
+    source = resolve(Ingest(data=str(folder)))
+    with pytest.raises(DataError, match=r"interactions\.csv\.gz can't be read"):
+        column_names(source.fs, source.interactions[0])
+    text = "user_id,item_id,timestamp\n" + "".join(f"{hash(n)},{n % 7},{n * 7919 % 104729}\n" for n in range(90_000))
+    path.write_bytes(gzip.compress(text.encode())[:-2000])
+    with pytest.raises(DataError, match=r"interactions\.csv\.gz can't be read .*cut off"):
+        cleaned(resolve(Ingest(data=str(folder))))
+
+
+def test_a_name_that_says_nothing_is_refused_with_what_is_known(tmp_path: Path) -> None:
+    assert form_of("x.parquet.gz") is None
+    (tmp_path / "ratings.dat").write_text("1::2::3\n")
+    known = r"\.parquet, \.csv, \.tsv, \.jsonl, .*\.gz, \.bz2, \.zst"
+    with pytest.raises(DataError, match=rf"ratings\.dat: expected a file that ends in {known}"):
+        resolve(Ingest(data=str(tmp_path / "ratings.dat")))
+    with pytest.raises(DataError, match=rf"no file there ends in {known}.*it has: ratings\.dat"):
+        resolve(Ingest(data=str(tmp_path)))
