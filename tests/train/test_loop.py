@@ -163,6 +163,7 @@ def test_each_row_is_read_once_however_often_a_run_is_killed(tmp_path: Path, sto
     _, resumed, log_again = run(folder, scores, plan_of(), surroundings=last)
     assert last.taken[0] >= stops[-1] - 2  # the checkpoint of a step or two before was whole
     digests = [[line["rows"] for line in each.lines() if line["kind"] == "train"] for each in (log, log_again)]
+    assert [line["step"] for line in log_again.lines() if line["kind"] == "validation"] == [0, 3, 6, 9, 12]
     assert digests[0] == digests[1] == [digest([step]) for step in range(12)]
     assert torch.equal(engine.whole_weights()["weight"], resumed.whole_weights()["weight"])
 
