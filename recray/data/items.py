@@ -1,6 +1,7 @@
 """The catalogue as a table: dense items in an order that says nothing, and one distinct label an item."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -9,10 +10,24 @@ from pyarrow import fs as pafs
 
 from recray.config import Columns
 from recray.data.hashing import hash_strings, mix
-from recray.data.logs import as_text
-from recray.data.reading import CONTENT, FAULT, ROW, File, column_names, nearest, pieces_of, read_piece
+from recray.data.logs import as_text, item_column
+from recray.data.reading import CONTENT, FAULT, ROW, File, column_names, field_types, nearest, pieces_of, read_piece
 from recray.errors import DataError
 from recray.schema import CATALOGUE
+
+GENRES = ("genres", "tags")
+# What RecBole's data sets call the title and the genres of an item.
+ATOMIC_TITLES = ("title", "name", "movie_title", "item_title", "item_name", "product_name", "app_name", "book_title")
+ATOMIC_GENRES = (*GENRES, "genre", "class", "categories", "category")
+
+
+class ItemColumns(NamedTuple):
+    """Which columns of a catalogue are read."""
+
+    item: str
+    title: str
+    genres: str | None
+    separator: str  # between genres, where they are text
 
 
 def read_items(fs: pafs.FileSystem, files: Sequence[File], columns: Columns, seed: int) -> pa.Table:
@@ -79,20 +94,39 @@ def _letters() -> Iterator[str]:
         length += 1
 
 
-def _read_file(fs: pafs.FileSystem, file: File, columns: Columns) -> Iterator[pa.Table]:
+def item_columns(fs: pafs.FileSystem, file: File, columns: Columns) -> ItemColumns:
+    """Return which columns of a catalogue mean what.
+
+    Raises:
+        DataError: naming the file, the setting, and the columns there are, if one is missing.
+    """
     names = column_names(fs, file)
-    for setting, name in (("item", columns.item), ("title", columns.title), ("genres", columns.genres)):
+    title, separator = columns.title, "|"  # as MovieLens writes it
+    genre_names: tuple[str, ...] = GENRES
+    if file.form == "atomic":
+        genre_names = ATOMIC_GENRES
+        if title == Columns().title:
+            title = next((name for name in ATOMIC_TITLES if name in names), title)
+    genres = columns.genres or next((name for name in genre_names if name in names), None)
+    if file.form == "atomic":
+        separator = " " if field_types(fs, file).get(genres or "") == "token_seq" else "\t"  # a token is one genre
+    found = ItemColumns(item_column(file, names, columns), title, genres, separator)
+    for setting, name in zip(("item", "title", "genres"), found, strict=False):
         if name is not None and name not in names:
             raise DataError(
                 f"catalogue {file.name} has no column {name!r}; {nearest(name, names)}. "
                 f"Set ingest.columns.{setting} to the right one"
             )
-    genres = columns.genres or next((name for name in ("genres", "tags") if name in names), None)
-    wanted = [columns.item, columns.title, *([genres] if genres else [])]
+    return found
+
+
+def _read_file(fs: pafs.FileSystem, file: File, columns: Columns) -> Iterator[pa.Table]:
+    found = item_columns(fs, file, columns)
+    wanted = [name for name in found[:3] if name is not None]
     for piece in pieces_of(fs, file):
         for raw in read_piece(fs, piece, wanted):
             _refuse_faults(file, raw)
-            yield _sound_part(file, raw, columns, genres)
+            yield _sound_part(file, raw, found)
 
 
 def _refuse_faults(file: File, raw: pa.Table) -> None:
@@ -102,7 +136,7 @@ def _refuse_faults(file: File, raw: pa.Table) -> None:
         raise DataError(f"catalogue {file.name}, row {fault[ROW]}: {fault[FAULT]}: {fault[CONTENT][:200]}")
 
 
-def _sound_part(file: File, raw: pa.Table, columns: Columns, genres: str | None) -> pa.Table:
+def _sound_part(file: File, raw: pa.Table, columns: ItemColumns) -> pa.Table:
     ids = as_text(raw[columns.item])
     if ids.null_count:
         row = raw[ROW][pc.index(pc.is_null(ids), True).as_py()]
@@ -115,16 +149,17 @@ def _sound_part(file: File, raw: pa.Table, columns: Columns, genres: str | None)
             f"catalogue {file.name}, row {raw[ROW][place]}: item {ids[place]} has an empty title; give it one, or take "
             "it out of the catalogue (its interactions are then set aside)"
         )
-    return pa.table([ids, titles, _genre_lists(raw, genres)], names=["item_id", "title", "genres"])
+    return pa.table([ids, titles, _genre_lists(raw, columns)], names=["item_id", "title", "genres"])
 
 
-def _genre_lists(raw: pa.Table, genres: str | None) -> pa.Array:
-    """Return lists of genres; text is split at `|`, as MovieLens writes it."""
+def _genre_lists(raw: pa.Table, columns: ItemColumns) -> pa.Array:
+    """Return lists of genres; text is split at the separator."""
+    genres = columns.genres
     kind = pa.list_(pa.string())
     empty = pa.array([[]] * raw.num_rows, kind)
     if genres is None or pa.types.is_null(raw[genres].type):
         return empty
     values = raw[genres].combine_chunks()
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-        values = pc.split_pattern(as_text(values), "|")
+        values = pc.split_pattern(as_text(values), columns.separator)
     return pc.if_else(pc.is_valid(values), values.cast(kind), empty)

@@ -102,8 +102,8 @@ def data_print(ingest: Ingest) -> str:
 def resolve(ingest: Ingest) -> Source:
     """Return the files that `ingest.data` and `ingest.items` name.
 
-    A folder that holds `interactions`, `items` or `sequences` (a file, or a folder of files) needs no mapping.
-    In any other folder every file is part of the log, except `items`.
+    A folder that holds `interactions`, `items` or `sequences` (a file, or a folder of files) needs no mapping, nor do
+    RecBole's NAME.inter and NAME.item. In any other folder every file is part of the log, except `items`.
 
     Raises:
         DataError: if nothing is there, nothing is readable, or there is no catalogue.
@@ -115,19 +115,20 @@ def resolve(ingest: Ingest) -> Source:
     if is_folder:
         interactions, sequences = _named(files, "interactions"), _named(files, "sequences")
         if not interactions and not sequences:
-            interactions = [file for file in files if not _is_named(file, "items")]
+            interactions = _log_files(files)
     else:
-        interactions = [file for file in files if not _is_named(file, "items")]
+        interactions = _log_files(files)
     if not interactions and not sequences:
         raise DataError(f"ingest.data {ingest.data}: no log in it; expected files that end in {known_endings()}")
     if ingest.items is not None:
         items_fs, _, items, _ = _find(ingest.items, "ingest.items")
     else:
-        items_fs, items = fs, _named(files if is_folder else _files_below(fs, base), "items")
+        items_fs, items = fs, _catalogue(files if is_folder else _files_below(fs, base), interactions)
     if not items:
         raise DataError(
-            f"ingest.data {ingest.data}: no catalogue lies beside the log; expected items.parquet, .csv or .jsonl with "
-            "an id and a title an item there, or set ingest.items to where it is"
+            f"ingest.data {ingest.data}: no catalogue lies beside the log; expected items.parquet, .csv, .tsv or "
+            ".jsonl with an id and a title an item there (NAME.item beside NAME.inter), or set ingest.items to where "
+            "it is"
         )
     return Source(fs, tuple(interactions), items_fs, tuple(items), tuple(sequences))
 
@@ -138,7 +139,8 @@ def log_columns(file: File, names: Sequence[str], columns: Columns, min_rating: 
     Raises:
         DataError: naming the file, the setting, and the columns there are, if one is missing.
     """
-    for setting, name in (("user", columns.user), ("item", columns.item)):
+    item = item_column(file, names, columns)
+    for setting, name in (("user", columns.user), ("item", item)):
         _require(file, names, name, f"ingest.columns.{setting}")
     time = columns.time
     if time is None:
@@ -152,7 +154,18 @@ def log_columns(file: File, names: Sequence[str], columns: Columns, min_rating: 
             f"{file.name} has no column 'rating', which ingest.min_rating needs; set ingest.columns.rating "
             f"or leave min_rating out ({nearest('rating', names)})"
         )
-    return LogColumns(columns.user, columns.item, time, rating, clock=time != "position")
+    return LogColumns(columns.user, item, time, rating, clock=time != "position")
+
+
+def item_column(file: File, names: Sequence[str], columns: Columns) -> str:
+    """Return the column of item ids: as the settings name it; in an atomic file without `item_id` its one other id.
+
+    RecBole lets a data set call its items as it likes: movie_id, artist_id, business_id.
+    """
+    if file.form != "atomic" or columns.item in names or columns.item != Columns().item:
+        return columns.item
+    others = [name for name in names if name.endswith("_id") and name != columns.user]
+    return others[0] if len(others) == 1 else columns.item
 
 
 def cleaned_interactions(
@@ -470,6 +483,33 @@ def _named(files: Sequence[File], stem: str) -> list[File]:
     if len(tops) > 1:
         raise DataError(f"which is the table of {stem}: {', '.join(tops)}? Keep one of them there")
     return found
+
+
+def _log_files(files: Sequence[File]) -> list[File]:
+    """Return the log of a folder without `interactions`: its atomic files, or every file that is no catalogue."""
+    atomic = [file for file in files if file.ending == "inter"]
+    names = sorted({_stem(file) for file in atomic})
+    if len(names) > 1:
+        raise DataError(
+            f"which is the log: {', '.join(f'{name}.inter' for name in names)}? Name one of them, or its folder"
+        )
+    return atomic or [file for file in files if not _is_named(file, "items") and file.ending != "item"]
+
+
+def _catalogue(files: Sequence[File], log: Sequence[File]) -> list[File]:
+    """Return the files named `items`, else the atomic file of items that goes with the log."""
+    atomic = [file for file in files if file.ending == "item"]
+    if log and log[0].ending == "inter":
+        atomic = [file for file in atomic if _stem(file) == _stem(log[0])]
+    found = _named(files, "items")
+    if len(atomic) > 1 and not found:
+        raise DataError(f"which is the catalogue: {', '.join(file.name for file in atomic)}? Set ingest.items to one")
+    return found or atomic
+
+
+def _stem(file: File) -> str:
+    """Return the NAME of NAME.inter, NAME.train.inter.gz and NAME.item."""
+    return file.name.rsplit("/", 1)[-1].split(".")[0]
 
 
 def _matches(steps: Sequence[str], pattern: Sequence[str]) -> bool:

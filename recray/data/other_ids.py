@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from recray.config import Columns
+from recray.data.items import item_columns
 from recray.data.logs import as_text
 from recray.data.reading import FAULT, File, column_names, pieces_of, read_piece
 from recray.schema import OTHER_IDS
@@ -27,18 +28,19 @@ def read_other_ids(fs: pafs.FileSystem, files: Sequence[File], columns: Columns,
         columns: what the user calls id, title and genres; the others are looked at.
         item_ids: in `item` order.
     """
-    known = {columns.item, columns.title, columns.genres, "genres", "tags"}
+    meant = {file: item_columns(fs, file, columns) for file in files}
+    known = {"genres", "tags"}.union(*(each[:3] for each in meant.values()))
     named = [[name for name in column_names(fs, file) if name not in known] for file in files]
     shared = [name for name in named[0] if all(name in names for names in named)] if named else []
     parts = [
-        raw.filter(pc.is_null(raw[FAULT])).select([columns.item, *shared])
+        raw.filter(pc.is_null(raw[FAULT])).select([meant[file].item, *shared])
         for file in files
         for piece in pieces_of(fs, file)
-        for raw in read_piece(fs, piece, [columns.item, *shared])
+        for raw in read_piece(fs, piece, [meant[file].item, *shared])
     ]
     if not shared or not parts:
         return OTHER_IDS.empty_table()
-    items = pc.index_in(pa.chunked_array([as_text(part[columns.item]) for part in parts]), value_set=item_ids)
+    items = pc.index_in(pa.chunked_array([as_text(part.column(0)) for part in parts]), value_set=item_ids)
     tables = [OTHER_IDS.empty_table()]
     for name in shared:
         numbers = _whole_numbers([part[name] for part in parts])

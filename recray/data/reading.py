@@ -1,8 +1,8 @@
 """Files of a user, read in pieces, so that every row keeps its file and its number.
 
-A Parquet file is read by runs of row groups, a text file (CSV, TSV, RecBole's atomic files, JSONL; compressed or not) as
-one piece in blocks of lines. A line that can't be read (bytes that are no UTF-8, another number of fields, no JSON) comes
-out with its fault instead of its values: nothing a file holds is lost between reading and cleaning.
+A Parquet file is read by runs of row groups, a text file (CSV, TSV, RecBole's atomic files, JSONL; compressed or not)
+as one piece in blocks of lines. A line that can't be read (bytes that are no UTF-8, another number of fields, no JSON)
+comes out with its fault instead of its values: nothing a file holds is lost between reading and cleaning.
 
 Source of the atomic files: https://recbole.io/docs/user_guide/data/atomic_files.html. They are read as its conversion
 tools write them: fields joined by tabs, quotes being characters like any other.
@@ -73,7 +73,7 @@ def form_of(path: str) -> str | None:
 
 
 def ending_of(path: str) -> str:
-    """Return the end of a file's name without that of a compression: `inter` of `a/ml-100k.inter.gz`, "" without one."""
+    """Return the end of a file's name below any compression: `inter` of `a/ml-100k.inter.gz`; "" without one."""
     parts = path.rsplit("/", 1)[-1].lower().split(".")
     if len(parts) > 1 and parts[-1] in COMPRESSIONS:
         parts.pop()

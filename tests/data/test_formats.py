@@ -87,7 +87,7 @@ def as_parquet(tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, pa.T
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "atomic"])
 def test_every_form_gives_the_tables_of_parquet(
     tmp_path: Path, as_parquet: tuple[pa.Table, pa.Table], form: str, compression: str
 ) -> None:
@@ -127,3 +127,70 @@ def test_a_name_that_says_nothing_is_refused_with_what_is_known(tmp_path: Path) 
         resolve(Ingest(data=str(tmp_path / "ratings.dat")))
     with pytest.raises(DataError, match=rf"no file there ends in {known}.*it has: ratings\.dat"):
         resolve(Ingest(data=str(tmp_path)))
+
+
+def atomic(folder: Path, inter: str, item: str, name: str = "x") -> Source:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.inter").write_text(inter)
+    (folder / f"{name}.item").write_text(item)
+    (folder / f"{name}.user").write_text("user_id:token\tage:float\nu\t5\n")
+    return resolve(Ingest(data=str(folder)))
+
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\t1\t4\t881250949\nu\t2\t\t8.8e8\nu\t3\n"
+
+
+def test_atomic_files_are_found_by_their_names(tmp_path: Path) -> None:
+    source = atomic(tmp_path, INTER, "item_id:token\ttitle:token\n1\tA\n2\tB\n")
+    assert [file.name for file in (*source.interactions, *source.items)] == ["x.inter", "x.item"]
+    assert resolve(Ingest(data=str(tmp_path / "x.inter"))) == source
+    (tmp_path / "x.inter").rename(tmp_path / "x.train.inter")
+    (tmp_path / "x.test.inter").write_text(INTER)
+    (tmp_path / "y.item").write_text("")
+    source = resolve(Ingest(data=str(tmp_path)))
+    assert [file.name for file in (*source.interactions, *source.items)] == ["x.test.inter", "x.train.inter", "x.item"]
+    (tmp_path / "y.inter").write_text(INTER)
+    with pytest.raises(DataError, match=r"which is the log: x\.inter, y\.inter\?"):
+        resolve(Ingest(data=str(tmp_path)))
+
+
+def test_atomic_columns_are_mapped_by_themselves_and_by_settings(tmp_path: Path) -> None:
+    item = (
+        "movie_id:token\tmovie_title:token_seq\tyear:token\tclass:token_seq\n1\tToy Story\t1995\tDrama War\n2\tA\t1\t\n"
+    )
+    source = atomic(tmp_path, INTER, item)
+    items = read_items(source.items_fs, source.items, Columns(), 0).sort_by("item_id")
+    assert items["title"].to_pylist() == ["Toy Story", "A"]
+    assert items["genres"].to_pylist() == [["Drama", "War"], []]
+    by_name = Columns(item="movie_id", title="year", genres="movie_title")
+    items = read_items(source.items_fs, source.items, by_name, 0).sort_by("item_id")
+    assert items["title"].to_pylist() == ["1995", "1"]
+    assert items["genres"].to_pylist() == [["Toy", "Story"], ["A"]]
+    one_genre = atomic(tmp_path, INTER, item.replace("class:token_seq", "genre:token"))
+    items = read_items(one_genre.items_fs, one_genre.items, Columns(), 0).sort_by("item_id")
+    assert items["genres"].to_pylist() == [["Drama War"], []]
+
+
+def test_atomic_rows_that_are_short_are_set_aside_and_floats_are_times(tmp_path: Path) -> None:
+    source = atomic(tmp_path, INTER, "item_id:token\ttitle:token\n1\tA\n2\tB\n")
+    rows = cleaned(source).to_pylist()
+    assert [row["time"] for row in rows] == [881250949, 880000000, None]
+    assert [row["rating"] for row in rows] == [4.0, None, None]
+    assert [(row["file"], row["row"], row["reason"], row["content"]) for row in rows[2:]] == [
+        ("x.inter", 2, "malformed row", '"u\\t3"')
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("user_id:token\titem_id\ttimestamp:float", r"x\.inter has field 'item_id' in its header; expected NAME:TYPE"),
+        ("user_id:token\titem_id:int\ttimestamp:float", r"field 'item_id:int'.*token, float, token_seq, float_seq"),
+        ("user_id:token\tuser_id:token", "a field twice"),
+        ("user_id:token\titem_id:token", r"x\.inter has no column 'timestamp'.*ingest\.columns\.time"),
+        ("user_id:token\ta_id:token\tb_id:token\ttimestamp:float", r"no column 'item_id'.*ingest\.columns\.item"),
+    ],
+)
+def test_atomic_headers_that_say_too_little_are_refused(tmp_path: Path, header: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        cleaned(atomic(tmp_path, header + "\nu\t1\t5\n", "item_id:token\ttitle:token\n1\tA\n"))
