@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from recray.ranking.slices import COLD
 from recray.ranking.verdicts import BASELINE, leaks
-from recray.report.tables import Entry, headline_measure, measure_name, model_name, plain, signed
+from recray.report.tables import Entry, headline_measure, measure_name, model_name, plain, signed, slice_measure
 
 
 class Finding(NamedTuple):
@@ -68,6 +69,25 @@ def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidenc
         f"the same candidates; in brackets the {100 * confidence:g} % interval of the difference, clustered by user."
     )
     return sentences
+
+
+def cold_sentence(slices: Sequence[Entry]) -> str:
+    """Return how many targets training never had, and what each model gets there; empty without slices.
+
+    Args:
+        slices: `evaluate/slices.json`.
+    """
+    measure = slice_measure(slices)
+    if measure is None:
+        return ""
+    cold = next((part for part in slices if part["slice"] == COLD), None)
+    if cold is None:
+        return "Every target was met in training."
+    got = ", ".join(f"{model_name(model)} {plain(own[measure]['value'])}" for model, own in cold["models"].items())
+    return (
+        f"On targets never met in training: {cold['rows']:,} of {cold['of']:,} rows, where {measure_name(measure)} is "
+        f"{got}. A model that only counts knows nothing of them."
+    )
 
 
 def audit_sentence(rules: Sequence[Mapping[str, Any]]) -> str:

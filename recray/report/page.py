@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from recray.ranking.verdicts import leaks
 from recray.report import plots, tables
-from recray.report.findings import audit_sentence, findings, summary
+from recray.report.findings import audit_sentence, cold_sentence, findings, summary
 from recray.workspace import Manifest
 
 MOST_FACTS = 24  # of a stage, on the page; the manifest has them all
@@ -56,6 +56,7 @@ class Contents:
     metrics: Sequence[tables.Entry] = ()
     differences: Sequence[tables.Entry] = ()
     exposure: Mapping[str, Any] | None = None
+    slices: Sequence[tables.Entry] = ()  # `evaluate/slices.json`
     audit: Sequence[Mapping[str, Any]] = ()  # rows of `schema.AUDIT`
     audit_facts: Sequence[Mapping[str, Any]] = ()  # `audit/facts.json`
     fits: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # metrics lines by stage
@@ -90,6 +91,9 @@ def render(contents: Contents) -> str:
         findings=findings(contents.differences),
         leaks=leaks(contents.audit),
         audited=audit_sentence(contents.audit),
+        cold=cold_sentence(contents.slices),
+        slice_measure=tables.slice_measure(contents.slices),
+        bands=None if contents.exposure is None else contents.exposure.get("bands"),
         measures=_table_measures(contents.metrics),
         pictures=_pictures(contents),
         fits=_fits(contents),

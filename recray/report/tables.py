@@ -15,7 +15,7 @@ NAMES = {
     "aligned": "Aligned",
 }
 
-Entry = Mapping[str, Any]  # one object of metrics.json or differences.json
+Entry = Mapping[str, Any]  # one object of metrics.json, differences.json or slices.json
 
 
 def model_name(model: str) -> str:
@@ -32,6 +32,7 @@ def measure_name(measure: str) -> str:
         "mrr": "MRR",
         "average_popularity": "Popularity",
         "coverage": "Coverage",
+        "gini": "Gini",
     }
     return known.get(stem, stem.replace("_", " ")) + at + k
 
@@ -81,6 +82,32 @@ def differences_table(differences: Sequence[Entry], *, confidence: float) -> Tab
         pair = f"{model_name(entry['model'])} − {model_name(entry['minus'])}"
         table.add_row(pair, *(signed_with_interval(entry[name]) for name in shown))
     return table
+
+
+def slices_table(slices: Sequence[Entry], *, confidence: float) -> Table:
+    """Return slices by models: the headline measure with half the width of its interval.
+
+    Args:
+        slices: `evaluate/slices.json`.
+        confidence: of the intervals, for the caption.
+    """
+    measure = slice_measure(slices)
+    models = list(slices[0]["models"]) if slices else []
+    name = "" if measure is None else f"{measure_name(measure)}; "
+    table = _table("By part of the test rows", f"{name}± half the {100 * confidence:g} % interval, clustered by user")
+    table.add_column("part")
+    table.add_column("rows", justify="right")
+    for model in models:
+        table.add_column(model_name(model), justify="right")
+    for part in slices if measure is not None else ():
+        values = (with_margin(part["models"][model][measure]).replace(" ", "\n") for model in models)
+        table.add_row(f"{part['by']}: {part['slice']}", f"{part['rows']:,}", *values)
+    return table
+
+
+def slice_measure(slices: Sequence[Entry]) -> str | None:
+    """Return the measure by which slices are shown; None without any."""
+    return headline_measure(list(slices[0]["models"].values())) if slices else None
 
 
 def plain(value: float | None, digits: int = 3) -> str:

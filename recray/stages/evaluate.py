@@ -17,7 +17,8 @@ from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.ragged import padded
 from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, rank_rows
-from recray.ranking.summary import Ranked, Settings, differences, exposure, summaries
+from recray.ranking.slices import COLD, slices
+from recray.ranking.summary import Ranked, Settings, band_hit_rates, differences, exposure, sliced, summaries
 from recray.stages.flow import Job
 from recray.workspace import Workspace
 
@@ -52,7 +53,8 @@ def run(job: Job) -> None:
         ModelError: if a model can't be loaded or scores NaN.
     """
     training = _training(job.workspace)
-    test = job.workspace.table("sequences", "test", columns=["row", "user_id", "target"]).sort_by("row")
+    test = job.workspace.table("sequences", "test", columns=["row", "user_id", "history", "target"])
+    test = test.sort_by("row")
     if test.num_rows == 0:
         raise DataError("sequences/test has no rows, so there is nothing to evaluate; see sequences.test_fraction")
     seconds = {}
@@ -188,13 +190,36 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
     users = test["user_id"].to_numpy(zero_copy_only=False).astype(str)
     metrics = summaries(ranked, users, popularity, settings)
     paired = differences(ranked, PAIRS, users, popularity, settings)
+    headline = _headline(part.ks)
+    targets = test["target"].to_numpy()
+    parts = sliced(ranked, slices(flat_lists(test["history"])[1], targets, popularity), users, settings)
+    bands = band_hit_rates(ranked, targets, popularity, headline)
     job.out.write_json("metrics.json", metrics)
     job.out.write_json("differences.json", paired)
-    job.out.write_json("exposure.json", exposure(ranked, test["target"].to_numpy(), popularity))
-    headline = f"ndcg@{max([k for k in part.ks if k <= 10] or part.ks)}"
+    job.out.write_json("slices.json", parts)
+    job.out.write_json("exposure.json", {**exposure(ranked, targets, popularity), "bands": bands})
+    shown = f"ndcg@{headline}"
     job.out.facts |= {
         "test_rows": test.num_rows,
         "users": len(np.unique(users)),
-        headline: {each["model"]: each[headline] for each in metrics},
-        f"{headline} differences": {f"{each['model']} - {each['minus']}": each[headline] for each in paired},
+        "targets never met in training": _on_cold(parts, shown, test.num_rows),
+        shown: {each["model"]: each[shown] for each in metrics},
+        f"{shown} differences": {f"{each['model']} - {each['minus']}": each[shown] for each in paired},
+    }
+
+
+def _headline(ks: tuple[int, ...]) -> int:
+    """Return the k by which models are judged: the largest up to 10."""
+    return max([k for k in ks if k <= 10] or ks)
+
+
+def _on_cold(parts: list[dict[str, Any]], measure: str, rows: int) -> dict[str, Any]:
+    """Return how many targets training never had, and what every model gets there."""
+    cold = next((part for part in parts if part["slice"] == COLD), None)
+    if cold is None:
+        return {"rows": 0, "of": rows}
+    return {
+        "rows": cold["rows"],
+        "of": rows,
+        **{f"{measure} {model}": found[measure] for model, found in cold["models"].items()},
     }

@@ -33,10 +33,10 @@ STAGES = {
         Stage("negatives", 1, ("ingest", "sequences")),
         Stage("reference", 1, ("ingest", "sequences", "sft", "negatives")),
         Stage("align", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
-        Stage("evaluate", 1, ("ingest", "sequences", "users", "sft", "align")),
+        Stage("evaluate", 2, ("ingest", "sequences", "users", "sft", "align")),
         Stage(
             "report",
-            2,
+            3,
             ("ingest", "sequences", "audit", "users", "sft", "negatives", "reference", "align", "evaluate"),
         ),
         Stage("tune", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),

@@ -13,7 +13,7 @@ from rich.console import Console
 from recray.ranking.verdicts import leaks
 from recray.report.findings import audit_sentence
 from recray.report.page import Column, Contents, Example, Shown, render
-from recray.report.tables import differences_table, results_table
+from recray.report.tables import differences_table, results_table, slices_table
 from recray.stages.flow import STAGES, Job
 from recray.workspace import Workspace
 
@@ -38,6 +38,7 @@ def run(job: Job) -> None:
         metrics=workspace.json("evaluate", "metrics.json"),
         differences=workspace.json("evaluate", "differences.json"),
         exposure=workspace.json("evaluate", "exposure.json"),
+        slices=workspace.json("evaluate", "slices.json"),
         **_audit(workspace),
         fits={stage: _lines(workspace, stage) for stage in ("users", "sft", "align")},
         examples=_examples(workspace, job.part.examples, job.seed),
@@ -51,6 +52,7 @@ def run(job: Job) -> None:
     console = Console()
     console.print(results_table(contents.metrics, confidence=confidence))
     console.print(differences_table(contents.differences, confidence=confidence))
+    console.print(slices_table(contents.slices, confidence=confidence))
     if contents.audit:
         console.print(audit_sentence(contents.audit), style="bold red" if leaks(contents.audit) else "")
     logger.info("report: %s", workspace.path("report", "report.html"))

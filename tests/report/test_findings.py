@@ -2,7 +2,7 @@
 
 import pytest
 
-from recray.report.findings import audit_sentence, findings, summary, verdict
+from recray.report.findings import audit_sentence, cold_sentence, findings, summary, verdict
 
 
 def _interval(value: float, low: float | None, high: float | None) -> dict[str, float | None]:
@@ -46,6 +46,14 @@ def test_summary_without_evaluation_or_pairs() -> None:
     (only,) = summary([_entry("sft", 0.5)], [], confidence=0.9)
     assert "1,000 held-out rows of 50 users" in only
     assert "90 %" in only
+
+
+def test_cold_targets_are_told_even_if_there_are_none() -> None:
+    part = {"by": "target in training", "slice": "met", "rows": 7, "of": 9, "users": 3, "models": {"sft": _pair(0, 0)}}
+    assert cold_sentence([]) == ""
+    assert cold_sentence([part]) == "Every target was met in training."
+    told = cold_sentence([part, part | {"slice": "never met", "rows": 2}])
+    assert told.startswith("On targets never met in training: 2 of 9 rows, where NDCG@10 is SFT 0.010.")
 
 
 def test_popularity_shift_is_told() -> None:

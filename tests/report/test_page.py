@@ -81,7 +81,24 @@ def _contents() -> Contents:
             "models": {"sft": shares},
             "chosen": shares,
             "chosen_average_popularity": 3.0,
+            "bands": {
+                "k": 10,
+                "bands": ["head", "mid", "tail"],
+                "items": [1, 2, 3],
+                "rows": [40, 50, 0],
+                "models": {"sft": {"hit_rates": [0.7654, 0.1, None], "balance": None}},
+            },
         },
+        slices=[
+            {
+                "by": "target in training",
+                "slice": "never met",
+                "rows": 23,
+                "of": 90,
+                "users": 1,
+                "models": {"sft": {"ndcg@10": {"value": 0.4321, "low": None, "high": None}}},
+            }
+        ],
         fits={
             "users": [{"pass": 1, "loss": 2.0}, {"pass": 2, "loss": 1.0}],
             "sft": [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "train", "step": 2, "loss": 1.0}],
@@ -113,6 +130,9 @@ def test_whole_page_shows_everything() -> None:
         "Supervised fine-tuning",
         "rank 1 of 20",
         "1,234",
+        "never met in training: 23 of 90 rows, where NDCG@10 is SFT 0.432",
+        "0 rows, 3 items",
+        "0.765",
         "reasons · duplicate",
         "2.60.0",
         "0123456789abcdef",

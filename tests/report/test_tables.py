@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recray.report import tables
-from recray.report.tables import differences_table, headline_measure, results_table
+from recray.report.tables import differences_table, headline_measure, results_table, slices_table
 
 INTERVAL = {"value": 0.5, "low": 0.45, "high": 0.57}
 UNKNOWN = {"value": 0.5, "low": None, "high": None}
@@ -78,3 +78,14 @@ def test_differences_fit_eighty_columns() -> None:
 
 def test_nothing_evaluated_gives_an_empty_table() -> None:
     assert "model" in _text(results_table([], confidence=0.95))
+
+
+def test_slices_fit_eighty_columns() -> None:
+    models = dict.fromkeys(("popularity", "cooccurrence", "sasrec", "sft", "aligned"), ENTRY)
+    part = {"by": "popularity of the target", "slice": "head", "rows": 1200, "of": 2000, "users": 9, "models": models}
+    text = _text(slices_table([part], confidence=0.9))
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("0.500") == 5
+    assert "1,200" in text
+    assert "NDCG@10; ± half the 90 % interval" in text
+    assert "By part" in _text(slices_table([], confidence=0.9))

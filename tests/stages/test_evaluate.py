@@ -68,7 +68,8 @@ def _fill(workspace: Workspace, folder: Path, test: pa.Table) -> None:
     )
     histories = pa.Table.from_pylist(
         [
-            {"row": u, "user_id": f"user {u}", "items": generator.integers(0, ITEMS, size=15).tolist()}
+            # The last three items are met by nobody.
+            {"row": u, "user_id": f"user {u}", "items": generator.integers(0, ITEMS - 3, size=15).tolist()}
             for u in range(USERS)
         ],
         schema=schema.HISTORIES,
@@ -155,6 +156,26 @@ def test_differences_are_paired(evaluated: Workspace) -> None:
         apart = metrics[entry["model"]]["ndcg@10"]["value"] - metrics[entry["minus"]]["ndcg@10"]["value"]
         assert entry["ndcg@10"]["value"] == pytest.approx(apart)
         assert entry["ndcg@10"]["low"] <= apart <= entry["ndcg@10"]["high"]
+
+
+def test_slices_hold_every_row_and_cold_targets_are_a_fact(evaluated: Workspace) -> None:
+    parts = evaluated.json("evaluate", "slices.json")
+    met = {item for items in evaluated.table("sequences", "histories")["items"].to_pylist() for item in items}
+    test = {row["row"]: row for row in evaluated.table("sequences", "test").to_pylist()}
+    cold = {row for row, content in test.items() if content["target"] not in met}
+    for kind in ("target in training", "popularity of the target", "history length"):
+        assert sum(part["rows"] for part in parts if part["by"] == kind) == TEST_ROWS
+    short = [row for row, content in test.items() if 1 <= len(content["history"]) < 5]
+    assert {part["slice"]: part["rows"] for part in parts}["1–4"] == len(short)
+    fact = evaluated.require("evaluate").facts["targets never met in training"]
+    assert (fact["rows"], fact["of"]) == (len(cold), TEST_ROWS)
+    ranks_there = [
+        row["rank"] for row in evaluated.table("evaluate", "rows").to_pylist()
+        if row["model"] == "aligned" and row["row"] in cold
+    ]  # fmt: skip
+    assert len(cold) > 0
+    expected = np.mean([1 / np.log2(1 + rank) for rank in ranks_there])  # no row has more than ten candidates
+    assert fact["ndcg@10 aligned"]["value"] == pytest.approx(expected)
 
 
 def test_exposure_and_facts_are_json(evaluated: Workspace) -> None:
