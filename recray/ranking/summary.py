@@ -23,6 +23,7 @@ from recray.ranking.exposure import (
 )
 from recray.ranking.intervals import Intervals, clustered_means
 from recray.ranking.metrics import hit_rate, ndcg, reciprocal_rank
+from recray.ranking.paired import FLIPS, holm, sign_flip_p_values
 from recray.ranking.slices import Slice
 
 Measures = dict[str, NDArray[np.float64]]
@@ -105,6 +106,21 @@ def differences(
         {"model": first, "minus": second, **counted, **by_name}
         for (first, second), by_name in zip(pairs, _intervals(apart, users, settings), strict=True)
     ]
+
+
+def paired_tests(
+    ranked: dict[str, Ranked], pairs: Sequence[tuple[str, str]], users: NDArray[Any], k: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return one object a pair: `p` of its difference in NDCG@k, flipping users, and `p_holm` for all these pairs.
+
+    One measure, named beforehand: every further one would be a further comparison to correct for.
+    """
+    own = {model: ndcg(each.ranks, k) for model, each in ranked.items()}
+    apart = np.stack([own[first] - own[second] for first, second in pairs], axis=1)
+    p_values = sign_flip_p_values(apart, users, seed=seed)
+    shared = {"measure": f"ndcg@{k}", "comparisons": len(pairs), "flips": FLIPS}
+    corrected = holm(p_values).tolist()
+    return [{**shared, "p": p, "p_holm": h} for p, h in zip(p_values.tolist(), corrected, strict=True)]
 
 
 def sliced(

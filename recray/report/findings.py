@@ -15,6 +15,8 @@ class Finding(NamedTuple):
     measure: str
     interval: Mapping[str, float | None]
     verdict: str
+    p: float | None = None  # of the permutation test
+    p_holm: float | None = None  # corrected for all comparisons shown
 
 
 WORDS = {1: "better", -1: "worse", 0: "can’t be told apart", None: "too few users to say"}
@@ -28,20 +30,24 @@ def verdict(interval: Mapping[str, float | None]) -> int | None:
     return int(low > 0) - int(high < 0)
 
 
-def findings(differences: Sequence[Entry]) -> list[Finding]:
-    """Return every pair's difference in the headline measure, judged; none where there is no such measure."""
+def findings(differences: Sequence[Entry], *, confidence: float = 0.95) -> list[Finding]:
+    """Return every pair's difference in the headline measure, judged; none where there is no such measure.
+
+    Better or worse needs both: the whole interval on one side, and a p-value that stands the correction for all pairs.
+    """
     measure = headline_measure(differences)
     if measure is None:
         return []
-    return [
-        Finding(
-            f"{model_name(entry['model'])} − {model_name(entry['minus'])}",
-            measure,
-            entry[measure],
-            WORDS[verdict(entry[measure])],
-        )
-        for entry in differences
-    ]
+    found = []
+    for entry in differences:
+        test = entry.get("test", {})
+        p, p_holm = (test.get(name) if test.get("measure") == measure else None for name in ("p", "p_holm"))
+        pair = f"{model_name(entry['model'])} − {model_name(entry['minus'])}"
+        words = WORDS[verdict(entry[measure])]
+        if verdict(entry[measure]) and p_holm is not None and p_holm > 1 - confidence:
+            words += f", but not beyond chance among {test['comparisons']} comparisons"
+        found.append(Finding(pair, measure, entry[measure], words, p, p_holm))
+    return found
 
 
 def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidence: float) -> list[str]:

@@ -81,6 +81,7 @@ def render(contents: Contents) -> str:
     environment.filters |= {
         "plain": tables.plain,
         "signed": tables.signed,
+        "p_value": tables.p_value,
         "model": tables.model_name,
         "measure": tables.measure_name,
     }
@@ -88,7 +89,7 @@ def render(contents: Contents) -> str:
     return template.render(
         contents=contents,
         summary=summary(contents.metrics, contents.differences, confidence=contents.confidence),
-        findings=findings(contents.differences),
+        findings=findings(contents.differences, confidence=contents.confidence),
         leaks=leaks(contents.audit),
         audited=audit_sentence(contents.audit),
         cold=cold_sentence(contents.slices),

@@ -78,9 +78,13 @@ def differences_table(differences: Sequence[Entry], *, confidence: float) -> Tab
     table.add_column("pair", no_wrap=True)
     for name in shown:
         table.add_column(measure_name(name), justify="right")
+    tested = next((entry["test"] for entry in differences if "test" in entry), None)
+    if tested is not None:
+        table.add_column(f"p (Holm)\n{measure_name(tested['measure'])}", justify="right")
     for entry in differences:
         pair = f"{model_name(entry['model'])} − {model_name(entry['minus'])}"
-        table.add_row(pair, *(signed_with_interval(entry[name]) for name in shown))
+        p_values = [] if tested is None else [p_value(entry.get("test", {}).get("p_holm"))]
+        table.add_row(pair, *(signed_with_interval(entry[name]) for name in shown), *p_values)
     return table
 
 
@@ -115,6 +119,11 @@ def plain(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    """Return a p-value with three digits, those below as such; an en dash for what is not known."""
+    return "< 0.001" if value is not None and value < 0.001 else plain(value)
 
 
 def signed(value: float | None, digits: int = 3) -> str:

@@ -18,7 +18,16 @@ from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.ragged import padded
 from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, rank_rows
 from recray.ranking.slices import COLD, slices
-from recray.ranking.summary import Ranked, Settings, band_hit_rates, differences, exposure, sliced, summaries
+from recray.ranking.summary import (
+    Ranked,
+    Settings,
+    band_hit_rates,
+    differences,
+    exposure,
+    paired_tests,
+    sliced,
+    summaries,
+)
 from recray.stages.flow import Job
 from recray.workspace import Workspace
 
@@ -104,8 +113,17 @@ MODELS = (
     Model("aligned", _language_model("align"), needs_accelerator=True),
 )
 
-# What the run is judged by: the first minus the second, on the same rows.
-PAIRS = (("aligned", "sft"), ("sft", "popularity"), ("sft", "cooccurrence"), ("aligned", "sasrec"))
+# What the run is judged by: the first minus the second, on the same rows. Every learned model against each baseline.
+PAIRS = (
+    ("aligned", "sft"),
+    ("aligned", "sasrec"),
+    ("aligned", "popularity"),
+    ("aligned", "cooccurrence"),
+    ("sft", "popularity"),
+    ("sft", "cooccurrence"),
+    ("sasrec", "popularity"),
+    ("sasrec", "cooccurrence"),
+)
 
 
 def _counting_scorer(stored: Any) -> Scorer:
@@ -189,8 +207,10 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
     settings = Settings(part.ks, part.bootstrap_samples, part.confidence, job.seed)
     users = test["user_id"].to_numpy(zero_copy_only=False).astype(str)
     metrics = summaries(ranked, users, popularity, settings)
-    paired = differences(ranked, PAIRS, users, popularity, settings)
     headline = _headline(part.ks)
+    tests = paired_tests(ranked, PAIRS, users, headline, job.seed)
+    apart = differences(ranked, PAIRS, users, popularity, settings)
+    paired = [{**each, "test": test} for each, test in zip(apart, tests, strict=True)]
     targets = test["target"].to_numpy()
     parts = sliced(ranked, slices(flat_lists(test["history"])[1], targets, popularity), users, settings)
     bands = band_hit_rates(ranked, targets, popularity, headline)
@@ -205,6 +225,7 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
         "targets never met in training": _on_cold(parts, shown, test.num_rows),
         shown: {each["model"]: each[shown] for each in metrics},
         f"{shown} differences": {f"{each['model']} - {each['minus']}": each[shown] for each in paired},
+        "p after Holm": {f"{each['model']} - {each['minus']}": each["test"]["p_holm"] for each in paired},
     }
 
 

@@ -74,6 +74,20 @@ def test_findings_judge_every_pair() -> None:
     assert findings([{"model": "a", "minus": "b", "mrr": _interval(0, 0, 0)}]) == []
 
 
+def test_a_finding_must_stand_the_correction() -> None:
+    test = {"measure": "ndcg@10", "comparisons": 8, "flips": 9999, "p": 0.02, "p_holm": 0.16}
+    weak, strong = findings(
+        [_pair(0.01, 0.02) | {"test": test}, _pair(-0.02, -0.01) | {"test": test | {"p_holm": 0.04}}], confidence=0.95
+    )
+    assert weak.verdict == "better, but not beyond chance among 8 comparisons"
+    assert (weak.p, weak.p_holm) == (0.02, 0.16)
+    assert strong.verdict == "worse"
+    (loose,) = findings([_pair(0.01, 0.02) | {"test": test}], confidence=0.8)
+    assert loose.verdict == "better"
+    (other,) = findings([_pair(0.01, 0.02) | {"test": test | {"measure": "mrr"}}])
+    assert (other.verdict, other.p_holm) == ("better", None)
+
+
 def _rule(name: str, kind: str, value: float, verdict: str) -> dict[str, object]:
     return {"rule": name, "kind": kind, "value": value, "chance": 0.05, "verdict": verdict}
 

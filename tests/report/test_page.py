@@ -75,7 +75,16 @@ def _contents() -> Contents:
         name="demo",
         manifests={"ingest": _manifest("ingest", inputs={"data": "x"}), "sft": _manifest("sft")},
         metrics=metrics,
-        differences=[{"model": "aligned", "minus": "sft", "rows": 90, "users": 9, "ndcg@10": _interval(0.0)}],
+        differences=[
+            {
+                "model": "aligned",
+                "minus": "sft",
+                "rows": 90,
+                "users": 9,
+                "ndcg@10": _interval(0.0),
+                "test": {"measure": "ndcg@10", "comparisons": 1, "flips": 9999, "p": 0.0004, "p_holm": 0.0321},
+            }
+        ],
         exposure={
             "groups": ["a", "b", "c", "d", "e"],
             "models": {"sft": shares},
@@ -132,6 +141,8 @@ def test_whole_page_shows_everything() -> None:
         "1,234",
         "never met in training: 23 of 90 rows, where NDCG@10 is SFT 0.432",
         "0 rows, 3 items",
+        "< 0.001",
+        "0.032",
         "0.765",
         "reasons · duplicate",
         "2.60.0",

@@ -71,6 +71,9 @@ def test_results_fit_eighty_columns() -> None:
 def test_differences_fit_eighty_columns() -> None:
     pair = {**ENTRY, "model": "sft", "minus": "cooccurrence"}
     text = _text(differences_table([pair], confidence=0.9))
+    tested = _text(differences_table([{**pair, "test": {"measure": "ndcg@10", "p_holm": 0.0004}}], confidence=0.9))
+    assert "< 0.001" in tested
+    assert "…" not in tested
     for part in ("SFT − Co-occurrence", "+0.500", "[+0.450, +0.570]", "90 %"):
         assert part in text
     assert "…" not in text

@@ -17,6 +17,7 @@ from recray.errors import DataError
 from recray.lm.load import make_model, save_model
 from recray.lm.scorer import load_scorer
 from recray.ranking.metrics import ranks
+from recray.ranking.paired import holm, sign_flip_p_values
 from recray.ranking.rows import batch_of, rank_rows
 from recray.stages import evaluate
 from recray.stages.flow import Job
@@ -156,6 +157,21 @@ def test_differences_are_paired(evaluated: Workspace) -> None:
         apart = metrics[entry["model"]]["ndcg@10"]["value"] - metrics[entry["minus"]]["ndcg@10"]["value"]
         assert entry["ndcg@10"]["value"] == pytest.approx(apart)
         assert entry["ndcg@10"]["low"] <= apart <= entry["ndcg@10"]["high"]
+
+
+def test_every_pair_is_tested_and_corrected_for_all(evaluated: Workspace) -> None:
+    rows = evaluated.table("evaluate", "rows").sort_by("row").to_pylist()
+    users = np.array([row["user_id"] for row in rows if row["model"] == "sft"])
+    gain = {
+        model: np.array([1 / np.log2(1 + row["rank"]) for row in rows if row["model"] == model])
+        for model in {row["model"] for row in rows}
+    }
+    tests = [entry["test"] for entry in evaluated.json("evaluate", "differences.json")]
+    assert {test["comparisons"] for test in tests} == {len(evaluate.PAIRS)}
+    for test, (first, second) in zip(tests, evaluate.PAIRS, strict=True):
+        expected = sign_flip_p_values(gain[first] - gain[second], users, seed=99)[0]
+        assert test["p"] == pytest.approx(expected, abs=0.03)  # other flips; four deviations are 0.028
+    assert [test["p_holm"] for test in tests] == pytest.approx(holm(np.array([test["p"] for test in tests])))
 
 
 def test_slices_hold_every_row_and_cold_targets_are_a_fact(evaluated: Workspace) -> None:
