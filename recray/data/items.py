@@ -40,7 +40,20 @@ def read_items(fs: pafs.FileSystem, files: Sequence[File], columns: Columns, see
             title, a missing column, or fewer than two items.
     """
     parts = [part for file in files for part in _read_file(fs, file, columns)]
-    table = pa.concat_tables(parts)
+    return _catalogue(pa.concat_tables(parts), seed)
+
+
+def items_of_titles(titles: Sequence[str], seed: int) -> pa.Table:
+    """Return rows of `CATALOGUE`, one a distinct title, which is its id too.
+
+    Raises:
+        DataError: if there are fewer than two.
+    """
+    genres = pa.array([[]] * len(titles), pa.list_(pa.string()))
+    return _catalogue(pa.table([titles, titles, genres], names=["item_id", "title", "genres"]), seed)
+
+
+def _catalogue(table: pa.Table, seed: int) -> pa.Table:
     if table.num_rows < 2:
         raise DataError(f"the catalogue holds {table.num_rows} items; expected at least two")
     counts = pc.value_counts(table["item_id"])

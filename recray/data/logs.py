@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 from recray.config import Columns, Ingest
 from recray.data.hashing import hash_strings, mix
 from recray.data.reading import CONTENT, FAULT, ROW, File, form_of, known_endings, nearest
+from recray.data.selections import FIELDS, holds_selections, split_of
 from recray.errors import DataError
 from recray.schema import INTERACTIONS, ITEMS, REJECTED
 
@@ -43,7 +44,7 @@ CLEANED_SEQUENCES = pa.schema(
         *PUBLISHED.remove(0),
         ("file", pa.string()),
         *list(REJECTED)[1:],
-    ]  # the row is the file's until it is kept
+    ]  # file and row are where it comes from until it is kept
 )
 TRUTH = pa.schema([("user_id", pa.string()), ("liked", ITEMS)])  # items a synthetic user would like, but never met
 
@@ -68,6 +69,7 @@ class Source(NamedTuple):
     items_fs: pafs.FileSystem
     items: tuple[File, ...]
     sequences: tuple[File, ...]
+    selections: tuple[File, ...] = ()  # without `items`, the catalogue is made of their titles
 
 
 class LogColumns(NamedTuple):
@@ -95,7 +97,8 @@ def data_print(ingest: Ingest) -> str:
         named: Any = ["synthetic", ingest.synthetic.model_dump(mode="json")]
     else:
         source = resolve(ingest)
-        named = [[list(file[1:]) for file in part] for part in (source.interactions, source.items, source.sequences)]
+        parts = (source.interactions, source.items, source.sequences, source.selections)
+        named = [[list(file[1:]) for file in part] for part in parts]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
@@ -103,7 +106,8 @@ def resolve(ingest: Ingest) -> Source:
     """Return the files that `ingest.data` and `ingest.items` name.
 
     A folder that holds `interactions`, `items` or `sequences` (a file, or a folder of files) needs no mapping, nor do
-    RecBole's NAME.inter and NAME.item. In any other folder every file is part of the log, except `items`.
+    RecBole's NAME.inter and NAME.item, nor JSON rows of titles, which are found by what they hold. In any other folder
+    every file is part of the log, except `items`.
 
     Raises:
         DataError: if nothing is there, nothing is readable, or there is no catalogue.
@@ -111,26 +115,30 @@ def resolve(ingest: Ingest) -> Source:
     if ingest.data is None:
         raise ValueError("no data is named: synthetic logs are generated first")
     fs, base, files, is_folder = _find(ingest.data, "ingest.data")
-    sequences: list[File] = []
-    if is_folder:
-        interactions, sequences = _named(files, "interactions"), _named(files, "sequences")
-        if not interactions and not sequences:
-            interactions = _log_files(files)
-    else:
+    interactions = _named(files, "interactions") if is_folder else []
+    sequences = _named(files, "sequences") if is_folder else []
+    selections = _selections(fs, files)
+    if sequences and selections:
+        both = ", ".join(file.name for file in (*sequences[:1], *selections[:1]))
+        raise DataError(f"ingest.data {ingest.data}: which are the published rows: {both}? Keep one kind there")
+    if not interactions and not sequences and not selections:
         interactions = _log_files(files)
-    if not interactions and not sequences:
-        raise DataError(f"ingest.data {ingest.data}: no log in it; expected files that end in {known_endings()}")
+    if not interactions and not sequences and not selections:
+        raise DataError(
+            f"ingest.data {ingest.data}: no log in it; expected files that end in {known_endings()}; .json only with "
+            f"rows of {', '.join(FIELDS)}"
+        )
     if ingest.items is not None:
         items_fs, _, items, _ = _find(ingest.items, "ingest.items")
     else:
         items_fs, items = fs, _catalogue(files if is_folder else _files_below(fs, base), interactions)
-    if not items:
+    if not items and (interactions or not selections):
         raise DataError(
             f"ingest.data {ingest.data}: no catalogue lies beside the log; expected items.parquet, .csv, .tsv or "
             ".jsonl with an id and a title an item there (NAME.item beside NAME.inter), or set ingest.items to where "
             "it is"
         )
-    return Source(fs, tuple(interactions), items_fs, tuple(items), tuple(sequences))
+    return Source(fs, tuple(interactions), items_fs, tuple(items), tuple(sequences), tuple(selections))
 
 
 def log_columns(file: File, names: Sequence[str], columns: Columns, min_rating: float | None) -> LogColumns:
@@ -239,8 +247,9 @@ def cleaned_sequences(raw: pa.Table, file: File, item_ids: pa.Array) -> pa.Table
     users = pc.coalesce(as_text(_column(raw, "user_id")), nameless)
     columns = [split, users, history, target, candidates, *_rejected_columns(raw, file, reason)]
     arrays = [_one(column).cast(field.type) for column, field in zip(columns, CLEANED_SEQUENCES, strict=True)]
-    places = pc.coalesce(_one(arrays[6]), _one(raw[ROW]))
-    return pa.table(arrays, CLEANED_SEQUENCES).set_column(6, "row", places)
+    arrays[5] = pa.array([file.name] * raw.num_rows, pa.string())
+    arrays[6] = _one(raw[ROW])
+    return pa.table(arrays, CLEANED_SEQUENCES)
 
 
 def distinct(interactions: pa.Table) -> pa.Table:
@@ -478,11 +487,17 @@ def _is_named(file: File, stem: str) -> bool:
 
 
 def _named(files: Sequence[File], stem: str) -> list[File]:
-    found = [file for file in files if _is_named(file, stem)]
+    found = [file for file in files if _is_named(file, stem) and file.form != "json"]
     tops = sorted({file.name.split("/")[0] for file in found})
     if len(tops) > 1:
         raise DataError(f"which is the table of {stem}: {', '.join(tops)}? Keep one of them there")
     return found
+
+
+def _selections(fs: pafs.FileSystem, files: Sequence[File]) -> list[File]:
+    """Return the files of JSON rows of titles; JSON lines are opened only where the name tells a split."""
+    possible = (file for file in files if file.form == "json" or (file.form == "jsonl" and split_of(file) is not None))
+    return [file for file in possible if holds_selections(fs, file)]
 
 
 def _log_files(files: Sequence[File]) -> list[File]:
@@ -493,7 +508,8 @@ def _log_files(files: Sequence[File]) -> list[File]:
         raise DataError(
             f"which is the log: {', '.join(f'{name}.inter' for name in names)}? Name one of them, or its folder"
         )
-    return atomic or [file for file in files if not _is_named(file, "items") and file.ending != "item"]
+    others = (file for file in files if file.form != "json" and file.ending != "item")
+    return atomic or [file for file in others if not _is_named(file, "items")]
 
 
 def _catalogue(files: Sequence[File], log: Sequence[File]) -> list[File]:

@@ -8,9 +8,11 @@ Source of the atomic files: https://recbole.io/docs/user_guide/data/atomic_files
 tools write them: fields joined by tabs, quotes being characters like any other.
 """
 
+import codecs
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from pyarrow import fs as pafs
 from recray.errors import DataError
 
 FORMS = {"parquet": "parquet", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl"}
-FORMS |= {"inter": "atomic", "item": "atomic"}
+FORMS |= {"inter": "atomic", "item": "atomic", "json": "json"}
 COMPRESSIONS = ("gz", "bz2", "zst")
 FIELD_TYPES = ("token", "float", "token_seq", "float_seq")  # of an atomic file
 
@@ -33,6 +35,7 @@ ROW, FAULT, CONTENT = "__row", "__fault", "__content"
 MALFORMED, BROKEN_ENCODING = "malformed row", "broken encoding"
 
 BLOCK_BYTES = 8 * 1024**2
+MOST_OBJECT_CHARACTERS = 4 * 1024**2  # of one element of a JSON list: a longer one is taken for a broken one
 PIECE_ROWS = 1_000_000
 
 
@@ -46,7 +49,7 @@ class File(NamedTuple):
 
     @property
     def form(self) -> str:
-        """How it is written: parquet, csv, tsv, atomic or jsonl."""
+        """How it is written: parquet, csv, tsv, atomic, jsonl or json."""
         return form_of(self.path) or ""
 
     @property
@@ -61,6 +64,9 @@ class Piece(NamedTuple):
     file: File
     first_row: int = 0
     row_groups: tuple[int, ...] = ()  # of a Parquet file
+
+
+_BETWEEN = (re.compile(r"\s*"), re.compile(r"[\s,]*"))  # what may stand before a list, and before its elements
 
 
 def form_of(path: str) -> str | None:
@@ -156,6 +162,32 @@ def read_piece(fs: pafs.FileSystem, piece: Piece, columns: Sequence[str]) -> Ite
             yield from _read_lines(fs, piece.file, columns)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{piece.file.name} can't be read ({_first_line(error)}); is it cut off?") from None
+
+
+def read_objects(fs: pafs.FileSystem, file: File) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """Yield the row, the object and "" of every row of a JSON list or of JSON lines, in order and in bounded memory.
+
+    A row that is no object comes as None with its text. After a break in a list no row can be found: that is refused.
+
+    Raises:
+        DataError: naming the file and the row, if a JSON list is broken or cut off, or the file can't be read.
+    """
+    try:
+        with _open_stream(fs, file) as stream:
+            start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        with _open_stream(fs, file) as stream:
+            if not start.startswith(b"["):
+                for first, block in _line_blocks(stream):
+                    lines = enumerate(block.split(b"\n"), first)
+                    for row, line in ((row, line) for row, line in lines if line.strip()):
+                        value = _json_object(line)
+                        yield row, value, "" if value is not None else line.decode(errors="backslashreplace")
+                return
+            for row, value in enumerate(_list_elements(file, stream)):
+                known = isinstance(value, dict)
+                yield row, value if known else None, "" if known else json.dumps(value, ensure_ascii=False)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DataError(f"{file.name} can't be read ({_first_line(error)}); is it cut off?") from None
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -379,6 +411,38 @@ def _json_text(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return json.dumps(value)
+
+
+def _list_elements(file: File, stream: pa.NativeFile) -> Iterator[Any]:
+    """Yield the elements of a JSON list, reading on where one is not whole yet."""
+    decode, decoder = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder()
+    text, place, row, at_end, fault = "", 0, -1, False, "too long"
+    while True:
+        place = _BETWEEN[row >= 0].match(text, place).end()  # type: ignore[union-attr]  # matches nothing, too
+        if text[place : place + 1] == "]" and row >= 0:
+            return
+        try:
+            value, end = ("[", place + 1) if row < 0 and text[place:] else decoder.raw_decode(text, place)
+            whole = end < len(text) or at_end or row < 0
+        except json.JSONDecodeError as error:
+            whole, fault = False, error.msg
+        if whole:
+            if row >= 0:
+                yield value
+            row, place = row + 1, end
+        elif at_end or len(text) - place > MOST_OBJECT_CHARACTERS:
+            raise DataError(
+                f"{file.name}, row {row}: no JSON ({fault}); is the file cut off, or the row before broken?"
+            )
+        else:
+            chunk = stream.read(BLOCK_BYTES // 8)
+            at_end = not chunk
+            try:
+                text, place = text[place:] + decode(chunk, at_end), 0
+            except UnicodeDecodeError:
+                raise DataError(
+                    f"{file.name}, in or after row {max(row, 0)}: no UTF-8, which JSON is written in"
+                ) from None
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ read = kept + rejected + below min_rating + repeated + outside the k-core + of u
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import ray.data
 from pyarrow import fs as pafs
 
 from recray.config import Ingest
-from recray.data.items import read_items
+from recray.data.items import items_of_titles, read_items
 from recray.data.logs import (
     BELOW_RATING,
     CLEANED_SEQUENCES,
@@ -43,6 +43,7 @@ from recray.data.logs import (
 )
 from recray.data.other_ids import read_other_ids
 from recray.data.reading import File, Piece, column_names, nearest, pieces_of, read_piece
+from recray.data.selections import read_selections, titles_of
 from recray.data.synthetic import generate
 from recray.errors import DataError
 from recray.schema import INTERACTIONS, REJECTED
@@ -51,6 +52,7 @@ from recray.stages.flow import Job
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PARTITION = 2_000_000
+Reader = Callable[[pafs.FileSystem, Piece, Sequence[str]], Iterator[pa.Table]]
 SEQUENCE_COLUMNS = ("split", "user_id", "history", "target", "candidates")
 
 
@@ -69,9 +71,10 @@ def run(job: Job) -> None:
     if part.data is None:
         part = _synthetic(job)
     source = resolve(part)
-    items = read_items(source.items_fs, source.items, part.columns, job.seed)
+    items = _items(job, part, source)
     item_ids = items["item_id"].combine_chunks()
-    logger.info("ingest: %d items, %d log files, %d files of sequences", len(items), *map(len, source[1::3]))
+    told = "ingest: %d items, %d log files, %d files of sequences, %d of JSON rows"
+    logger.info(told, len(items), len(source.interactions), len(source.sequences), len(source.selections))
     columns = {
         file: log_columns(file, column_names(source.fs, file), part.columns, part.min_rating)
         for file in source.interactions
@@ -81,7 +84,7 @@ def run(job: Job) -> None:
         raise DataError("some files of the log have timestamps, others positions; name one kind by ingest.columns.time")
     clean = partial(_clean_log, columns=columns, min_rating=part.min_rating, seed=job.seed)
     log = _read(source.fs, source.interactions, _names(columns), clean, item_ids)
-    published = _read(source.fs, _checked(source), SEQUENCE_COLUMNS, cleaned_sequences, item_ids)
+    published = _read_published(source, item_ids)
     job.out.write_table("items", items)
     job.out.write_table("other_ids", read_other_ids(source.items_fs, source.items, part.columns, item_ids))
     _write_rejected(job, [each for each in (log, published) if each is not None])
@@ -101,6 +104,31 @@ def _synthetic(job: Job) -> Ingest:
         job.out.write_folder("logs", Path(folder))
     uri = job.workspace.uri
     return part.model_copy(update={"data": "/".join([uri.rstrip("/"), ".partial", "ingest", "logs"])})
+
+
+def _items(job: Job, part: Ingest, source: Source) -> pa.Table:
+    """Return the catalogue: of its files, or of the titles of the JSON rows where there is no file."""
+    if source.items:
+        return read_items(source.items_fs, source.items, part.columns, job.seed)
+    items = items_of_titles(titles_of(source.fs, source.selections), job.seed)
+    told = "ingest: the catalogue is made of the %d titles in the rows; items that share a title are one item"
+    logger.info(told, len(items))
+    job.out.facts["catalogue_of_titles"] = True
+    return items
+
+
+def _read_published(source: Source, item_ids: pa.Array) -> ray.data.Dataset | None:
+    if source.selections:
+        read: Reader = partial(_read_selections, known=frozenset(item_ids.to_pylist()))
+        return _read(source.fs, source.selections, (), cleaned_sequences, item_ids, read)
+    return _read(source.fs, _checked(source), SEQUENCE_COLUMNS, cleaned_sequences, item_ids)
+
+
+def _read_selections(
+    fs: pafs.FileSystem, piece: Piece, columns: Sequence[str], *, known: frozenset[str]
+) -> Iterator[pa.Table]:
+    del columns  # a row is read as a whole
+    return read_selections(fs, piece.file, known)
 
 
 def _names(columns: dict[File, LogColumns]) -> tuple[str, ...]:
@@ -134,11 +162,12 @@ def _read(
     columns: tuple[str, ...],
     clean: Callable[[pa.Table, File, pa.Array], pa.Table],
     item_ids: pa.Array,
+    read_rows: Reader = read_piece,
 ) -> ray.data.Dataset | None:
     """Return the cleaned rows of all files, one task a piece; None without files."""
-    pieces = [piece for file in files for piece in pieces_of(fs, file)]
     if not files:
         return None
+    pieces = [piece for file in files for piece in pieces_of(fs, file)]
     if not pieces:
         raise DataError(f"{', '.join(file.name for file in files[:5])}: the log is empty")
     catalogue = ray.put(item_ids)
@@ -147,7 +176,7 @@ def _read(
         known = ray.get(catalogue)
         for place in batch["id"]:
             piece: Piece = pieces[int(place)]
-            for raw in read_piece(fs, piece, columns):
+            for raw in read_rows(fs, piece, columns):
                 yield clean(raw, piece.file, known)
 
     places = ray.data.range(len(pieces), override_num_blocks=len(pieces))
@@ -305,9 +334,19 @@ def _write_published(job: Job, part: Ingest, published: ray.data.Dataset | None,
         "of_other_splits": reasons.pop(OTHER_SPLIT, 0),
         "of_users_not_sampled": usable - rows.num_rows,
     }
+    job.out.facts["published_users"] = len(pc.unique(rows["user_id"]))
+    job.out.facts["published_rows_with_a_candidate_twice"] = _repeated(rows["candidates"])
     read = published.count()
     assert read == sum(account.values()), f"read {read} published rows, but can account for {account}"
     job.out.facts |= {"published_rows": {"read": read, **account}, "published_rejected_by_reason": reasons}
+
+
+def _repeated(candidates: pa.ChunkedArray) -> int:
+    """Return how many lists hold an item more than once; it is ranked once."""
+    counts = pc.fill_null(pc.list_value_length(candidates), 0).to_numpy()
+    owners = np.repeat(np.arange(len(counts)), counts)
+    pairs = np.unique(np.stack([owners, pc.list_flatten(candidates).to_numpy()]), axis=1)
+    return int((np.bincount(pairs[0], minlength=len(counts)) < counts).sum())
 
 
 def _write_truth(job: Job, item_ids: pa.Array) -> None:

@@ -138,6 +138,46 @@ def test_published_sequences_are_kept_and_numbered(tmp_path: Path, workspace: Wo
     assert workspace.table("ingest", "interactions").schema.equals(INTERACTIONS)
 
 
+def test_json_rows_of_titles_become_sequences_and_a_catalogue(tmp_path: Path, workspace: Workspace) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    titles = [f"Title {number}" for number in range(12)]
+    good = [
+        {"historyList": "::".join(titles[n : n + 3]), "itemList": titles[n : n + 6], "trueSelection": titles[n + 3]}
+        for n in range(6)
+    ]
+    bad = {**good[0], "itemList": titles[:3]}
+    (folder / "my-train.json").write_text(json.dumps([*good, bad], indent=4))
+    (folder / "my-val.json").write_text(json.dumps(good[:2]))
+    (folder / "my-test.jsonl").write_text(
+        "\n".join(map(json.dumps, [{**good[1], "itemList": titles[:5] * 2}, good[3]]))
+    )
+    manifest = ingest(folder, workspace)
+    table = workspace.table("ingest", "published")
+    assert table["split"].to_pylist() == ["test"] + ["train"] * 6 + ["validation"] * 2  # in order of the files
+    assert table["user_id"].to_pylist() == ["test-1", *["train-0"] * 6, *["validation-0"] * 2]
+    ids = workspace.table("ingest", "items")["item_id"].to_pylist()
+    assert sorted(ids) == sorted(titles[:11])
+    assert [ids[item] for item in table["history"].to_pylist()[1]] == titles[:3]
+    assert manifest.facts["published_rows"]["rejected"] == 2
+    assert manifest.facts["catalogue_of_titles"] is True
+    assert manifest.facts["published_users"] == 3
+    rejected = workspace.table("ingest", "rejected").sort_by("file").to_pylist()
+    assert [(row["file"], row["row"], row["reason"]) for row in rejected] == [
+        ("my-test.jsonl", 0, "target twice among the candidates"),
+        ("my-train.json", 6, "target not among the candidates"),
+    ]
+
+
+def test_json_rows_without_one_to_use_are_refused_whole(tmp_path: Path, workspace: Workspace) -> None:
+    row = {"historyList": ["1"], "itemList": ["2"], "trueSelection": "1"}
+    (tmp_path / "test.json").write_text(json.dumps([row] * 3))
+    (tmp_path / "items.csv").write_text("item_id,title\n1,A\n2,B\n")
+    with pytest.raises(DataError, match="published sequences: no row .* used: 3 target not among the candidates"):
+        ingest(tmp_path, workspace)
+    assert not workspace.exists("ingest")
+
+
 def test_synthetic_logs_come_with_their_truth(workspace: Workspace) -> None:
     pipeline = Pipeline(name="test", ingest=Ingest(synthetic=Synthetic(interactions=2000)))
     run_stages(pipeline, workspace, ("ingest",), force=frozenset())
