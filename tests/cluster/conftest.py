@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,12 +27,16 @@ def cluster() -> Iterator[Any]:
     """A head node; tests add others."""
     from ray.cluster_utils import Cluster
 
-    with warnings.catch_warnings():
+    head = {"num_cpus": 2, "object_store_memory": 200 * 1024**2, "include_dashboard": False}
+    with (
+        warnings.catch_warnings(),
+        pytest.MonkeyPatch.context() as environment,
+        # Its sockets need short names; and nobody else on this machine shall find this cluster.
+        tempfile.TemporaryDirectory(prefix="rt", ignore_cleanup_errors=True) as folder,
+    ):
         warnings.simplefilter("ignore")
-        nodes = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 2, "object_store_memory": 200 * 1024**2, "include_dashboard": False},
-        )
+        environment.setenv("RAY_TMPDIR", folder)
+        nodes = Cluster(initialize_head=True, head_node_args=head)
         yield nodes
         nodes.shutdown()
 
