@@ -86,3 +86,31 @@ def test_one_user_has_no_interval() -> None:
 def test_rows_and_users_must_agree(values: list[float], users: list[str]) -> None:
     with pytest.raises(ValueError, match="as many users as rows"):
         clustered_means(np.array(values), np.array(users), samples=10, confidence=0.9, seed=0)
+
+
+# Kinds of users: their shares, rows each, and the chance of a hit.
+KINDS, ROWS, EASE = np.array([0.6, 0.3, 0.1]), np.array([1, 3, 30]), np.array([0.2, 0.4, 0.6])
+
+
+def _hits(generator: np.random.Generator, users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hits of two models: a tenth of the users have two thirds of the rows, and are served better than the others."""
+    kind = generator.choice(3, size=users, p=KINDS)
+    ease = generator.beta(2 * EASE[kind], 2 * (1 - EASE[kind]))
+    owner = np.repeat(np.arange(users), ROWS[kind])
+    first = generator.random(len(owner)) < ease[owner]
+    second = np.where(generator.random(len(owner)) < 0.5, first, generator.random(len(owner)) < ease[owner])
+    return np.stack([first, first.astype(np.float64) - second], axis=1), owner
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
+def test_intervals_cover_at_their_nominal_rate(confidence: float) -> None:
+    """400 worlds of 300 users: a hit rate and a paired difference, each within four binomial deviations."""
+    truth = np.array([KINDS * ROWS @ EASE / (KINDS @ ROWS), 0.0])
+    generator, rounds, covered = np.random.default_rng(11), 400, np.zeros(2)
+    for round_ in range(rounds):
+        values, owner = _hits(generator, users=300)
+        found = clustered_means(values, owner, samples=300, confidence=confidence, seed=round_)
+        covered += (found.low <= truth) & (truth <= found.high)
+    deviation = np.sqrt(confidence * (1 - confidence) / rounds)
+    assert (covered / rounds >= confidence - 4 * deviation).all()
+    assert (covered / rounds <= confidence + 4 * deviation).all()
