@@ -29,6 +29,8 @@ from recray.workspace import StageOutput, Workspace
 
 logger = logging.getLogger(__name__)
 
+WINDOWS_LOOKED_AT = 10_000
+
 
 def labels_of(workspace: Workspace) -> list[str]:
     """Return the items' labels in item order."""
@@ -93,6 +95,18 @@ def sft_rows(workspace: Workspace, part: Sft, catalogue: Catalogue) -> int:
         return int(workspace.table("sequences", "train", columns=["row"]).num_rows)
     lengths = np.array([history.size for history in _histories(workspace)], dtype=np.int64)
     return int(windows_of(lengths, part.window_items)[0].size)
+
+
+def share_untaught(workspace: Workspace, part: Sft, catalogue: Catalogue) -> float:
+    """Return the share of the histories' items that windows of them leave out, as their titles take too many tokens."""
+    if not catalogue.streams:
+        return 0.0
+    histories = _histories(workspace)
+    of, number, _ = windows_of(np.array([history.size for history in histories], dtype=np.int64), part.window_items)
+    looked_at = np.unique(np.linspace(0, of.size - 1, min(of.size, WINDOWS_LOOKED_AT)).astype(np.int64))
+    windows = [histories[of[row]][number[row] * part.window_items :][: part.window_items] for row in looked_at]
+    kept = sum(catalogue.kept_history(window) for window in windows)
+    return 1 - kept / sum(len(window) for window in windows)
 
 
 def _histories(workspace: Workspace) -> list[ndarray]:

@@ -27,6 +27,7 @@ from recray.stages.recommender import (
     open_from,
     sft_feed,
     sft_rows,
+    share_untaught,
     validation_rows,
     warn_of_dropout,
     write_fitted,
@@ -49,6 +50,7 @@ def run(job: Job) -> None:
     start = f"{name}-start"
     catalogue = _write_start(job, start)
     rows = sft_rows(job.workspace, part, catalogue)
+    _warn_of_untaught(job, part, catalogue)
     steps = max(1, math.ceil(part.passes * rows / part.global_batch))
     every = max(1, round(part.validate_every * rows / part.global_batch))
     logger.info("sft: %d rows a pass, at most %d steps of %d", rows, steps, part.global_batch)
@@ -68,6 +70,20 @@ def run(job: Job) -> None:
     job.out.counts["rows"] = rows
     job.workspace.remove(".training", name)
     job.workspace.remove(".training", start)
+
+
+def _warn_of_untaught(job: Job, part: Sft, catalogue: Catalogue) -> None:
+    """Say so if windows of histories are longer than prompts may be: their oldest items are then never a target."""
+    untaught = share_untaught(job.workspace, part, catalogue)
+    job.out.facts["share_of_items_untaught"] = round(untaught, 4)
+    if untaught > 0:
+        logger.warning(
+            "sft: %.1f %% of the histories' items are not taught, as windows of sft.window_items=%d items take more "
+            "than %d tokens; lower it, or raise sft.prompt.max_tokens",
+            100 * untaught,
+            part.window_items,
+            catalogue.max_prompt_tokens,
+        )
 
 
 def _write_start(job: Job, name: str) -> Catalogue:

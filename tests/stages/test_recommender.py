@@ -1,0 +1,30 @@
+"""What a model is taught, worked out before it is."""
+
+import numpy as np
+import pytest
+
+from recray.config import Sft
+from recray.data.catalogue import Catalogue
+from recray.data.examples import list_arrays
+from recray.data.prompts import find_template, training_texts
+from recray.data.tokenizer import train_tokenizer
+from recray.stages.recommender import labels_of, share_untaught
+from recray.workspace import Workspace
+
+
+@pytest.mark.parametrize(("window", "room"), [(10, 128), (10, 24), (4, 24), (4, 10)])
+def test_items_whose_window_is_longer_than_a_prompt_are_counted(prepared: Workspace, window: int, room: int) -> None:
+    labels, template = labels_of(prepared), find_template("titles")
+    catalogue = Catalogue.build(labels, train_tokenizer(training_texts(template, labels), 300), template, room)
+    left_out = total = 0
+    for history in list_arrays(prepared.table("sequences", "histories")["items"]):
+        for start in range(0, history.size, window):
+            items = history[start : start + window]
+            tokens = catalogue.prompt(np.zeros(0, dtype=np.int64)).size
+            for item in items[::-1]:  # newest first, until one does not fit
+                tokens += catalogue.prompt(np.array([item])).size - catalogue.prompt(np.zeros(0, dtype=np.int64)).size
+                left_out += tokens > room
+            total += items.size
+    share = share_untaught(prepared, Sft(window_items=window), catalogue)
+    assert share == pytest.approx(left_out / total)
+    assert (share > 0) == (room < 128 and window * 3 > room)
