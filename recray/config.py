@@ -33,6 +33,9 @@ class Columns(Part):
     user: str = "user_id"
     item: str = "item_id"
     time: str | None = Field(None, description="None: `timestamp` where the log has it, else `position`.")
+    time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = Field(
+        "auto", description="Of times given as numbers. auto: the one in which a number lies in 1995 to 2100."
+    )
     rating: str | None = Field(None, description="None: `rating` where the log has it.")
     title: str = "title"
     genres: str | None = Field(None, description="None: `genres`, else `tags`, where the catalogue has one.")

@@ -10,8 +10,20 @@ from pyarrow import fs as pafs
 
 from recray.config import Columns
 from recray.data.hashing import hash_strings, mix
-from recray.data.logs import as_text, item_column
-from recray.data.reading import CONTENT, FAULT, ROW, File, column_names, field_types, nearest, pieces_of, read_piece
+from recray.data.logs import item_column
+from recray.data.reading import (
+    BROKEN_ENCODING,
+    CONTENT,
+    FAULT,
+    ROW,
+    File,
+    column_names,
+    field_types,
+    nearest,
+    pieces_of,
+    read_piece,
+)
+from recray.data.values import as_ids, as_text
 from recray.errors import DataError
 from recray.schema import CATALOGUE
 
@@ -146,14 +158,18 @@ def _refuse_faults(file: File, raw: pa.Table) -> None:
     faults = raw.filter(pc.is_valid(raw[FAULT])).slice(0, 1).to_pylist()
     if faults:
         fault = faults[0]
-        raise DataError(f"catalogue {file.name}, row {fault[ROW]}: {fault[FAULT]}: {fault[CONTENT][:200]}")
+        hint = (
+            " (neither UTF-8 nor surely cp1252: convert the file to UTF-8)" if fault[FAULT] == BROKEN_ENCODING else ""
+        )
+        raise DataError(f"catalogue {file.name}, row {fault[ROW]}: {fault[FAULT]}{hint}: {fault[CONTENT][:200]}")
 
 
 def _sound_part(file: File, raw: pa.Table, columns: ItemColumns) -> pa.Table:
-    ids = as_text(raw[columns.item])
+    ids, _, wrong = as_ids(raw[columns.item])
     if ids.null_count:
-        row = raw[ROW][pc.index(pc.is_null(ids), True).as_py()]
-        raise DataError(f"catalogue {file.name}, row {row}: the item id is missing")
+        place = pc.index(pc.is_null(ids), True).as_py()
+        fault = f"{raw[columns.item][place]} is no exact whole number" if wrong[place].as_py() else "is missing"
+        raise DataError(f"catalogue {file.name}, row {raw[ROW][place]}: the item id {fault}")
     titles = pc.fill_null(pc.utf8_normalize(as_text(raw[columns.title]), form="NFC"), "")
     empty = pc.equal(pc.utf8_trim_whitespace(titles), "")
     if pc.any(empty).as_py():

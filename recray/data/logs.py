@@ -6,7 +6,7 @@ What can't be used is never dropped in silence: it leaves `cleaned_*` with a rea
 import fnmatch
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +18,19 @@ from pyarrow import fs as pafs
 
 from recray.config import Columns, Ingest
 from recray.data.hashing import hash_strings, mix
-from recray.data.reading import CONTENT, FAULT, ROW, File, form_of, known_endings, nearest
+from recray.data.reading import CONTENT, DECODED, FAULT, ROW, File, form_of, known_endings, nearest
 from recray.data.selections import FIELDS, holds_selections, split_of
+from recray.data.values import LATEST_TIME_S, UNITS, as_ids, as_number, as_seconds, as_text, as_whole
 from recray.errors import DataError
 from recray.schema import INTERACTIONS, ITEMS, REJECTED
 
-LATEST_TIME_S = 4_133_980_800  # 2101-01-01: no log is from later
 CONTENT_CHARACTERS = 500
 
+# What is noted of a usable row of a log, as bits: which id was mended, whether its block of text was decoded from
+# cp1252, and the unit in which its time was read.
+NOTES = {name: 1 << bit for bit, name in enumerate(("user_id", "item_id", DECODED, *UNITS))}
 # Rows of a log after cleaning: usable ones have no reason, the others nothing but their place.
-CLEANED = pa.schema([*INTERACTIONS, *REJECTED])
+CLEANED = pa.schema([*INTERACTIONS, *REJECTED, ("notes", pa.int16())])
 # Rows of published sequences, as `ingest/published` holds them.
 PUBLISHED = pa.schema(
     [
@@ -48,6 +51,7 @@ CLEANED_SEQUENCES = pa.schema(
 )
 TRUTH = pa.schema([("user_id", pa.string()), ("liked", ITEMS)])  # items a synthetic user would like, but never met
 
+NOT_WHOLE = "that is no exact whole number"
 BELOW_RATING = "below min_rating"  # not a fault: counted, not set aside
 OTHER_SPLIT = "split that is not train, validation or test"
 LEFT_OUT = (BELOW_RATING, OTHER_SPLIT)
@@ -59,6 +63,9 @@ SPLITS = {
     "dev": "validation",
 }
 SPLITS |= {"test": "test"}
+
+
+ReadNames = Callable[[pa.Array], pa.Array]  # what a list or a target holds → ids
 
 
 class Source(NamedTuple):
@@ -80,6 +87,7 @@ class LogColumns(NamedTuple):
     time: str
     rating: str | None
     clock: bool
+    unit: str = "auto"  # of a time given as a number
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +170,7 @@ def log_columns(file: File, names: Sequence[str], columns: Columns, min_rating: 
             f"{file.name} has no column 'rating', which ingest.min_rating needs; set ingest.columns.rating "
             f"or leave min_rating out ({nearest('rating', names)})"
         )
-    return LogColumns(columns.user, item, time, rating, clock=time != "position")
+    return LogColumns(columns.user, item, time, rating, clock=time != "position", unit=columns.time_unit)
 
 
 def item_column(file: File, names: Sequence[str], columns: Columns) -> str:
@@ -186,17 +194,22 @@ def cleaned_interactions(
         item_ids: the catalogue's ids as strings; their places are the dense items.
         min_rating: rows rated lower are left out, rows without a rating set aside.
     """
-    users, item_names = (as_text(_column(raw, name)) for name in (columns.user, columns.item))
+    users, user_mended, no_user = as_ids(_column(raw, columns.user))
+    item_names, item_mended, no_item = as_ids(_column(raw, columns.item))
     items = pc.index_in(item_names, value_set=item_ids)
     if columns.clock:
-        time, ceiling = as_seconds(_column(raw, columns.time)), LATEST_TIME_S
+        time, per_second = as_seconds(_column(raw, columns.time), columns.unit)
+        ceiling = LATEST_TIME_S
     else:
-        time, ceiling = _floored(as_number(_column(raw, columns.time))), 2**62
+        time, per_second = as_whole(as_number(_column(raw, columns.time))), pa.nulls(raw.num_rows, pa.int64())
+        ceiling = 2**62
     rating = pc.cast(as_number(_column(raw, columns.rating)), pa.float32(), safe=False)
     impossible = pc.fill_null(pc.or_(pc.less(time, 0), pc.greater_equal(time, ceiling)), True)
     named = "timestamp" if columns.clock else "position"
     reasons: list[tuple[pa.Array, str | pa.Array]] = [
         (pc.is_valid(raw[FAULT]), raw[FAULT]),
+        (no_user, f"user id {NOT_WHOLE}"),
+        (no_item, f"item id {NOT_WHOLE}"),
         (pc.is_null(users), "missing user id"),
         (pc.is_null(item_names), "missing item id"),
         (pc.is_null(_column(raw, columns.time)), f"missing {named}"),
@@ -212,10 +225,23 @@ def cleaned_interactions(
         tie_break = pa.array((mix(seed, hash_strings(users), numbers) >> np.uint64(1)).astype(np.int64))
     else:
         tie_break = time
+    decoded = pa.scalar(DECODED.encode() in (raw.schema.metadata or {}))
+    notes = _notes({"user_id": user_mended, "item_id": item_mended, DECODED: decoded}, per_second)
     values = [users, items, time, rating, tie_break]
     places = _rejected_columns(raw, file, reason)
     kept = [pc.if_else(pc.is_null(reason), value, pa.scalar(None, value.type)) for value in values]
-    return pa.table([pc.cast(each, field.type) for each, field in zip([*kept, *places], CLEANED, strict=True)], CLEANED)
+    kept_notes = pc.if_else(pc.is_null(reason), notes, pa.scalar(0, pa.int16()))
+    arrays = zip([*kept, *places, kept_notes], CLEANED, strict=True)
+    return pa.table([pc.cast(each, field.type) for each, field in arrays], CLEANED)
+
+
+def _notes(applies: dict[str, Any], per_second: pa.Array) -> pa.Array:
+    """Return the sum of the bits of `NOTES` that apply to each row."""
+    total = pa.array(np.zeros(len(per_second), dtype=np.int16))
+    applies |= {name: pc.fill_null(pc.equal(per_second, size), False) for name, size in UNITS.items()}
+    for name, where in applies.items():
+        total = pc.add(total, pc.if_else(where, pa.scalar(NOTES[name], pa.int16()), pa.scalar(0, pa.int16())))
+    return total
 
 
 def cleaned_sequences(raw: pa.Table, file: File, item_ids: pa.Array) -> pa.Table:
@@ -224,18 +250,29 @@ def cleaned_sequences(raw: pa.Table, file: File, item_ids: pa.Array) -> pa.Table
     A user without an id becomes `row-N`, N being the row of the file. Candidates may be missing, as a column or in a
     row; a row that names an unknown item anywhere is set aside.
     """
+    return _cleaned_sequences(raw, file, item_ids, _ids)
+
+
+def cleaned_selections(raw: pa.Table, file: File, item_ids: pa.Array) -> pa.Table:
+    """Return the same of rows that name items by title: 9.0 is a film, no number."""
+    return _cleaned_sequences(raw, file, item_ids, as_text)
+
+
+def _cleaned_sequences(raw: pa.Table, file: File, item_ids: pa.Array, read_names: ReadNames) -> pa.Table:
     raw_split = as_text(_column(raw, "split"))
     split = pc.index_in(raw_split, value_set=pa.array(list(SPLITS)))
     split = pc.take(pa.array(list(SPLITS.values())), split)
-    history, unknown_history = mapped_lists(_column(raw, "history"), item_ids)
-    candidates, unknown_candidates = mapped_lists(_column(raw, "candidates"), item_ids)
-    target_names = as_text(_column(raw, "target"))
+    history, unknown_history = mapped_lists(_column(raw, "history"), item_ids, read_names)
+    candidates, unknown_candidates = mapped_lists(_column(raw, "candidates"), item_ids, read_names)
+    target_names = read_names(_column(raw, "target"))
+    user_ids, _, no_user = as_ids(_column(raw, "user_id"))
     target = pc.index_in(target_names, value_set=item_ids)
     reason = _first_reason(
         [
             (pc.is_valid(raw[FAULT]), raw[FAULT]),
             (pc.is_null(raw_split), "missing split"),
             (pc.is_null(split), OTHER_SPLIT),
+            (no_user, f"user id {NOT_WHOLE}"),
             (pc.equal(pc.fill_null(pc.list_value_length(history), 0), 0), "missing history"),
             (pc.is_null(target_names), "missing target"),
             (pc.is_null(target), "target not in the catalogue"),
@@ -244,7 +281,7 @@ def cleaned_sequences(raw: pa.Table, file: File, item_ids: pa.Array) -> pa.Table
         ]
     )
     nameless = pc.binary_join_element_wise("row", pc.cast(raw[ROW], pa.string()), "-")
-    users = pc.coalesce(as_text(_column(raw, "user_id")), nameless)
+    users = pc.coalesce(user_ids, nameless)
     columns = [split, users, history, target, candidates, *_rejected_columns(raw, file, reason)]
     arrays = [_one(column).cast(field.type) for column, field in zip(columns, CLEANED_SEQUENCES, strict=True)]
     arrays[5] = pa.array([file.name] * raw.num_rows, pa.string())
@@ -297,89 +334,19 @@ def sampled_users(users: pa.Array, most: int, seed: int) -> pa.Array:
     return users.take(np.sort(np.argsort(hashes, kind="stable")[:most]))
 
 
-def as_text(values: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Return ids as strings: whole numbers without a point, the empty string and what is not a number as null."""
-    values = _one(values)
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_floating(values.type):
-        values = pc.if_else(pc.is_finite(values), values, None)
-        if bool(pc.all(pc.equal(values, pc.floor(values)), skip_nulls=True).as_py() is not False):
-            values = pc.cast(values, pa.int64(), safe=False)
-    text = pc.cast(values, pa.string())
-    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+def _ids(values: pa.Array) -> pa.Array:
+    return as_ids(values)[0]
 
 
-def as_number(values: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Return float64; null for what is no finite number."""
-    values = _one(values)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        text = pc.utf8_trim_whitespace(values)
-        is_number = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
-        values = pc.cast(pc.if_else(is_number, text, pa.scalar(None, pa.string())), pa.float64())
-    elif not _is_numeric(values.type):
-        return pa.nulls(len(values), pa.float64())
-    values = pc.cast(values, pa.float64(), safe=False)
-    return pc.if_else(pc.is_finite(values), values, pa.scalar(None, pa.float64()))
-
-
-def as_seconds(values: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Return int64 seconds since 1970, from numbers, timestamps, dates, or text of either; null where it is none.
-
-    Text is ISO 8601, with a date at least; without an offset it is UTC.
-    """
-    values = _one(values)
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        whole = pc.cast(values, pa.timestamp("s"), safe=False) if pa.types.is_date(values.type) else values
-        if pa.types.is_timestamp(whole.type) and whole.type.tz is not None:
-            whole = pc.cast(whole, pa.timestamp(whole.type.unit))
-        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[whole.type.unit]
-        return pc.cast(pc.floor(pc.divide(pc.cast(whole, pa.int64()), per_second)), pa.int64())
-    numbers = _floored(as_number(values))
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        return numbers
-    return pc.coalesce(numbers, _iso_seconds(pc.if_else(pc.is_null(numbers), values, pa.scalar(None, values.type))))
-
-
-def _iso_seconds(text: pa.Array) -> pa.Array:
-    if text.null_count == len(text):
-        return pa.nulls(len(text), pa.int64())
-    parts = pc.extract_regex(
-        pc.utf8_trim_whitespace(text),
-        r"^(?P<day>\d{4}-\d\d-\d\d)(?:[T ](?P<clock>\d\d:\d\d)(?P<second>:\d\d)?(?:[.,]\d+)?)?"
-        r"(?P<zone>Z|(?P<sign>[+-])(?P<hours>\d\d):?(?P<minutes>\d\d))?$",
-    )
-
-    def part(name: str, default: str) -> pa.Array:
-        found = pc.struct_field(parts, name)
-        return pc.if_else(pc.equal(found, ""), default, found)
-
-    whole = pc.binary_join_element_wise(part("day", ""), "T", part("clock", "00:00"), part("second", ":00"), "")
-    moments = pc.strptime(whole, format="%Y-%m-%dT%H:%M:%S", unit="s", error_is_null=True)
-    # strptime takes 30 February for 1 March.
-    real = pc.equal(pc.day(moments), pc.cast(pc.utf8_slice_codeunits(whole, 8, 10), pa.int64()))
-    seconds = pc.cast(pc.if_else(real, moments, pa.scalar(None, moments.type)), pa.int64())
-    hours, minutes = (pc.cast(part(name, "0"), pa.int64()) for name in ("hours", "minutes"))
-    offset = pc.add(pc.multiply(hours, 3600), pc.multiply(minutes, 60))
-    return pc.subtract(seconds, pc.if_else(pc.equal(part("sign", "+"), "-"), pc.negate(offset), offset))
-
-
-def _is_numeric(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
-
-
-def _floored(numbers: pa.Array) -> pa.Array:
-    inside = pc.less(pc.abs(numbers), 2.0**62)
-    return pc.cast(pc.floor(pc.if_else(inside, numbers, pa.scalar(-1.0))), pa.int64())
-
-
-def mapped_lists(values: pa.Array | pa.ChunkedArray, item_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
+def mapped_lists(
+    values: pa.Array | pa.ChunkedArray, item_ids: pa.Array, read_names: ReadNames = _ids
+) -> tuple[pa.Array, pa.Array]:
     """Return lists of dense items, and which rows name an item that is not in the catalogue."""
     values = _one(values)
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
         return pa.nulls(len(values), ITEMS), pa.array(np.zeros(len(values), dtype=bool))
     lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
-    items = pc.index_in(as_text(values.flatten()), value_set=item_ids)
+    items = pc.index_in(read_names(values.flatten()), value_set=item_ids)
     owners = np.repeat(np.arange(len(values)), lengths)
     unknown = np.zeros(len(values), dtype=bool)
     unknown[owners[pc.is_null(items).to_numpy(zero_copy_only=False)]] = True

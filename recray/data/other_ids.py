@@ -12,8 +12,8 @@ from pyarrow import fs as pafs
 
 from recray.config import Columns
 from recray.data.items import item_columns
-from recray.data.logs import as_text
 from recray.data.reading import FAULT, File, column_names, pieces_of, read_piece
+from recray.data.values import as_ids, as_text
 from recray.schema import OTHER_IDS
 
 MOST_MISSING = 0.01  # of the items: a column that names fewer is no id
@@ -40,7 +40,7 @@ def read_other_ids(fs: pafs.FileSystem, files: Sequence[File], columns: Columns,
     ]
     if not shared or not parts:
         return OTHER_IDS.empty_table()
-    items = pc.index_in(pa.chunked_array([as_text(part.column(0)) for part in parts]), value_set=item_ids)
+    items = pc.index_in(pa.chunked_array([as_ids(part.column(0))[0] for part in parts]), value_set=item_ids)
     tables = [OTHER_IDS.empty_table()]
     for name in shared:
         numbers = _whole_numbers([part[name] for part in parts])

@@ -32,6 +32,7 @@ COMPRESSIONS = ("gz", "bz2", "zst")
 FIELD_TYPES = ("token", "float", "token_seq", "float_seq")  # of an atomic file
 
 ROW, FAULT, CONTENT = "__row", "__fault", "__content"
+DECODED = "decoded"  # key of the metadata of tables whose text was cp1252
 MALFORMED, BROKEN_ENCODING = "malformed row", "broken encoding"
 
 BLOCK_BYTES = 8 * 1024**2
@@ -66,6 +67,9 @@ class Piece(NamedTuple):
     row_groups: tuple[int, ...] = ()  # of a Parquet file
 
 
+MOST_LONG_RUNS = 0.05
+_NOT_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
+_BEYOND_ASCII = re.compile(rb"[\x80-\xff]+")
 _BETWEEN = (re.compile(r"\s*"), re.compile(r"[\s,]*"))  # what may stand before a list, and before its elements
 
 
@@ -109,7 +113,8 @@ def column_names(fs: pafs.FileSystem, file: File) -> list[str]:
         raise DataError(f"{file.name} is empty; expected {'a header and rows' if file.form != 'jsonl' else 'rows'}")
     lines = block[1].split(b"\n")
     if file.form != "jsonl":
-        return _header(file, lines[0])
+        known = _is_utf8(lines[0]) or not is_western(fs, file)
+        return _header(file, lines[0] if known else lines[0].decode("cp1252").encode())
     names: dict[str, None] = {}
     for line in lines[:1000]:
         value = _json_object(line)
@@ -188,6 +193,41 @@ def read_objects(fs: pafs.FileSystem, file: File) -> Iterator[tuple[int, dict[st
                 yield row, value if known else None, "" if known else json.dumps(value, ensure_ascii=False)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{file.name} can't be read ({_first_line(error)}); is it cut off?") from None
+
+
+def is_western(fs: pafs.FileSystem, file: File) -> bool:
+    """Return whether a file that is not UTF-8 surely is cp1252, of which Latin-1 is a part.
+
+    It is when no line beyond ASCII is UTF-8, when every byte is a character of cp1252, and when such characters stand
+    alone or in twos, as in Western words: other encodings write whole words of them.
+    """
+    runs = long_runs = 0
+    with _open_stream(fs, file) as stream:
+        if stream.read(3) == b"\xef\xbb\xbf":  # says that it is UTF-8
+            return False
+    with _open_stream(fs, file) as stream:
+        for _, block in _line_blocks(stream):
+            for line in () if block.isascii() else block.split(b"\n"):
+                if line.isascii():
+                    continue
+                if _is_utf8(line) or _NOT_CP1252.search(line):
+                    return False
+                found = _BEYOND_ASCII.findall(line)
+                runs += len(found)
+                long_runs += sum(len(run) > 2 for run in found)
+    return runs > 0 and long_runs <= MOST_LONG_RUNS * runs
+
+
+def first_decoded(fs: pafs.FileSystem, file: File) -> tuple[int, str] | None:
+    """Return the first row of a file that is read as cp1252 (-1: its header) and its text; None for any other file."""
+    if file.form not in ("csv", "tsv", "atomic") or not is_western(fs, file):
+        return None
+    with _open_stream(fs, file) as stream:
+        for first, block in _line_blocks(stream):
+            for row, line in enumerate(block.split(b"\n"), first - 1):
+                if not line.isascii():
+                    return row, line.decode("cp1252").rstrip("\r")
+    return None
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -286,8 +326,13 @@ def _has_quotes(file: File) -> bool:
 def _read_lines(fs: pafs.FileSystem, file: File, columns: Sequence[str]) -> Iterator[pa.Table]:
     has_header = file.form != "jsonl"
     header: list[str] = []
+    western: bool | None = None
     with _open_stream(fs, file) as stream:
         for first, block in _line_blocks(stream):
+            if western is None and has_header and not _is_utf8(block):
+                western = is_western(fs, file)
+            if western:
+                block = block.decode("cp1252").encode()
             if has_header and first == 0:
                 line, _, block = block.partition(b"\n")
                 header = _header(file, line)
@@ -295,7 +340,8 @@ def _read_lines(fs: pafs.FileSystem, file: File, columns: Sequence[str]) -> Iter
             kept, rows, faults = _sound_lines(block, first_row, quotes=_has_quotes(file))
             if len(rows):
                 read = _read_csv_block if has_header else _read_json_block
-                yield from read(file, kept, rows, header, columns)
+                for table in read(file, kept, rows, header, columns):
+                    yield table.replace_schema_metadata({DECODED: "cp1252"}) if western else table
             if faults.num_rows:
                 yield faults
 
@@ -408,8 +454,6 @@ def _json_list(value: Any) -> list[str] | None:
 def _json_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     return json.dumps(value)
 
 

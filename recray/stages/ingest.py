@@ -27,12 +27,14 @@ from recray.data.logs import (
     BELOW_RATING,
     CLEANED_SEQUENCES,
     LEFT_OUT,
+    NOTES,
     OTHER_SPLIT,
     PUBLISHED,
     TRUTH,
     LogColumns,
     Source,
     cleaned_interactions,
+    cleaned_selections,
     cleaned_sequences,
     core,
     distinct,
@@ -42,9 +44,10 @@ from recray.data.logs import (
     sampled_users,
 )
 from recray.data.other_ids import read_other_ids
-from recray.data.reading import File, Piece, column_names, nearest, pieces_of, read_piece
+from recray.data.reading import DECODED, File, Piece, column_names, first_decoded, nearest, pieces_of, read_piece
 from recray.data.selections import read_selections, titles_of
 from recray.data.synthetic import generate
+from recray.data.values import UNITS
 from recray.errors import DataError
 from recray.schema import INTERACTIONS, REJECTED
 from recray.stages.flow import Job
@@ -85,6 +88,7 @@ def run(job: Job) -> None:
     clean = partial(_clean_log, columns=columns, min_rating=part.min_rating, seed=job.seed)
     log = _read(source.fs, source.interactions, _names(columns), clean, item_ids)
     published = _read_published(source, item_ids)
+    _tell_mended(job, part, source, log)
     job.out.write_table("items", items)
     job.out.write_table("other_ids", read_other_ids(source.items_fs, source.items, part.columns, item_ids))
     _write_rejected(job, [each for each in (log, published) if each is not None])
@@ -120,7 +124,7 @@ def _items(job: Job, part: Ingest, source: Source) -> pa.Table:
 def _read_published(source: Source, item_ids: pa.Array) -> ray.data.Dataset | None:
     if source.selections:
         read: Reader = partial(_read_selections, known=frozenset(item_ids.to_pylist()))
-        return _read(source.fs, source.selections, (), cleaned_sequences, item_ids, read)
+        return _read(source.fs, source.selections, (), cleaned_selections, item_ids, read)
     return _read(source.fs, _checked(source), SEQUENCE_COLUMNS, cleaned_sequences, item_ids)
 
 
@@ -198,6 +202,45 @@ def _write_rejected(job: Job, parts: list[ray.data.Dataset]) -> None:
     job.out.counts["rejected"] = total
 
 
+def _tell_mended(job: Job, part: Ingest, source: Source, log: ray.data.Dataset | None) -> None:
+    """State what was read in a way that a user should know of: units of time, ids, text that is not UTF-8."""
+    notes = _notes(log) if log is not None else {}
+    units = {name: notes[name] for name in UNITS if notes.get(name)}
+    if len(units) > 1:
+        told = ", ".join(f"{count:,} in {name}" for name, count in units.items())
+        logger.warning("ingest: the times of the log mix units, each row was read by its own: %s", told)
+    if part.columns.time_unit != "auto" and log is not None and not units:
+        logger.warning("ingest: ingest.columns.time_unit has no effect: no time of the log is a number")
+    ids = {name: notes.get(name, 0) for name in ("user_id", "item_id")}
+    if any(ids.values()):
+        told = ", ".join(f"{count:,} rows by {name}" for name, count in ids.items() if count)
+        logger.info("ingest: ids written as decimals are whole numbers, 1.0 is 1: %s", told)
+    files = [*((source.items_fs, file) for file in source.items)]
+    if notes.get(DECODED):
+        files += [(source.fs, file) for file in source.interactions]
+    decoded = {file.name: found for fs, file in files if (found := first_decoded(fs, file)) is not None}
+    for name, (row, text) in decoded.items():
+        logger.warning("ingest: %s is not UTF-8, it was read as cp1252; the first such row is %d: %s", name, row, text)
+    job.out.facts |= {"time_units": units, "mended_ids": ids, "read_as_cp1252": sorted(decoded)}
+
+
+def _notes(log: ray.data.Dataset) -> dict[str, int]:
+    """Return to how many usable rows each of `NOTES` applies."""
+    counts = dict.fromkeys(NOTES, 0)
+    for batch in log.map_batches(_count_notes, batch_format="pyarrow", batch_size=None).iter_batches(
+        batch_format="pyarrow", batch_size=None
+    ):
+        for value, rows in zip(batch["notes"].to_pylist(), batch["rows"].to_pylist(), strict=True):
+            for name, bit in NOTES.items():
+                counts[name] += rows if value & bit else 0
+    return counts
+
+
+def _count_notes(rows: pa.Table) -> pa.Table:
+    counts = pc.value_counts(rows["notes"])
+    return pa.table({"notes": pc.struct_field(counts, "values"), "rows": pc.struct_field(counts, "counts")})
+
+
 def _set_aside(rows: pa.Table) -> pa.Table:
     aside = pc.and_(pc.is_valid(rows["reason"]), pc.invert(pc.is_in(rows["reason"], value_set=pa.array(LEFT_OUT))))
     return rows.filter(aside).select(REJECTED.names)
@@ -270,7 +313,10 @@ def _nothing_usable(reasons: dict[str, int]) -> str:
     told = ", ".join(f"{rows:,} {reason}" for reason, rows in sorted(reasons.items(), key=lambda each: -each[1]))
     hint = ""
     if max(reasons, key=lambda reason: reasons[reason]) == "impossible timestamp":
-        hint = "; recray reads seconds since 1970 or ISO 8601: are these milliseconds?"
+        hint = (
+            "; recray reads ISO 8601, and numbers since 1970 in the unit in which they lie in 1995 to 2100: set "
+            "ingest.columns.time_unit for others"
+        )
     return f"no row of the log can be used: {told}{hint}"
 
 

@@ -14,8 +14,8 @@ import pytest
 from recray.config import Columns, Ingest
 from recray.data import reading
 from recray.data.items import read_items
-from recray.data.logs import CLEANED, Source, cleaned_interactions, log_columns, resolve
-from recray.data.reading import column_names, form_of, pieces_of, read_piece
+from recray.data.logs import CLEANED, NOTES, Source, cleaned_interactions, log_columns, resolve
+from recray.data.reading import column_names, first_decoded, form_of, is_western, pieces_of, read_piece
 from recray.errors import DataError
 
 IDS = pa.array([str(number) for number in range(7)])
@@ -194,3 +194,82 @@ def test_atomic_rows_that_are_short_are_set_aside_and_floats_are_times(tmp_path:
 def test_atomic_headers_that_say_too_little_are_refused(tmp_path: Path, header: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         cleaned(atomic(tmp_path, header + "\nu\t1\t5\n", "item_id:token\ttitle:token\n1\tA\n"))
+
+
+WESTERN = ["Am\u00e9lie", "Stra\u00dfe", "Citt\u00e0 dell\u2019amore", "El ni\u00f1o", "plain"]
+
+
+def titles_as(folder: Path, encoding: str, titles: list[str], name: str = "items.csv") -> Source:
+    folder.mkdir(exist_ok=True)
+    header, tab = ("item_id:token\ttitle:token", "\t") if name.endswith(".item") else ("item_id,title", ",")
+    lines = [header, *(f"{row}{tab}{title}" for row, title in enumerate(titles))]
+    (folder / name).write_bytes("\n".join(lines).encode(encoding))
+    log = "x.inter" if name.endswith(".item") else "interactions.csv"
+    (folder / log).write_text("user_id:token\titem_id:token\ttimestamp:float\n" if log == "x.inter" else "user_id\n")
+    return resolve(Ingest(data=str(folder)))
+
+
+@pytest.mark.parametrize("block_bytes", [16, 8 * 1024**2])
+@pytest.mark.parametrize("name", ["items.csv", "x.item"])
+def test_western_text_is_read_as_it_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block_bytes: int
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block_bytes)
+    source = titles_as(tmp_path, "cp1252", WESTERN, name)
+    items = read_items(source.items_fs, source.items, Columns(), 0)
+    assert sorted(items["title"].to_pylist()) == sorted(WESTERN)
+    row, text = first_decoded(source.fs, source.items[0]) or (None, "")
+    assert (row, text[2:]) == (0, WESTERN[0])
+
+
+def test_utf8_is_never_taken_for_western_text(tmp_path: Path) -> None:
+    source = titles_as(tmp_path, "utf-8", WESTERN)
+    assert first_decoded(source.fs, source.items[0]) is None
+    path = Path(source.items[0].path)
+    path.write_bytes(path.read_bytes() + b"\n9,broken \xe9")
+    assert not is_western(source.fs, source.items[0])
+    with pytest.raises(DataError, match=r"items\.csv, row 5: broken encoding \(neither UTF-8 nor surely cp1252"):
+        read_items(source.items_fs, source.items, Columns(), 0)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "titles"),
+    [
+        ("cp1251", ["\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440", "\u0421\u043b\u043e\u0432\u043e"]),
+        ("gbk", ["\u5317\u51fa\u83dc\u5948", "\u4e2d\u6587\u7535\u5f71"]),
+        ("shift_jis", ["\u5317\u51fa\u83dc\u5948", "\u6620\u753b"]),
+    ],
+)
+def test_other_encodings_are_refused_not_garbled(tmp_path: Path, encoding: str, titles: list[str]) -> None:
+    source = titles_as(tmp_path, encoding, titles)
+    with pytest.raises(DataError, match=r"items\.csv, row 0: broken encoding .*convert the file to UTF-8"):
+        read_items(source.items_fs, source.items, Columns(), 0)
+
+
+def test_what_was_mended_is_noted_of_usable_rows_alone(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "log", "csv")
+    rows = [
+        "user_id,item_id,timestamp",
+        "1.0,2,1600000000",
+        "u,3.0,1600000000000",
+        "u,99.0,1600000000",
+        "Zo\u00eb,1,2020-01-01",
+    ]
+    (folder / "interactions.csv").write_bytes(("\n".join(rows) + "\n").encode("latin-1"))
+    noted = cleaned(resolve(Ingest(data=str(folder))))["notes"].to_pylist()
+    decoded = NOTES["decoded"]
+    wanted = [NOTES["user_id"] + NOTES["seconds"], NOTES["item_id"] + NOTES["milliseconds"], -decoded, 0]
+    assert noted == [bits + decoded for bits in wanted]
+
+
+def test_ids_of_mixed_types_are_one_in_every_form(tmp_path: Path) -> None:
+    found = {}
+    for form, values in (("jsonl", [1, "1", 1.0, 1.5]), ("csv", ["1", "1", "1.0", "1.5"])):
+        rows = [{"user_id": value, "item_id": 1, "timestamp": 5} for value in values]
+        folder = write_log(tmp_path / form, form)
+        (folder / f"interactions.{form}").write_bytes(text_of(rows, form))
+        table = cleaned(resolve(Ingest(data=str(folder))))
+        found[form] = [(row["user_id"], row["reason"], row["notes"] & NOTES["user_id"]) for row in table.to_pylist()]
+    wrong = (None, "user id that is no exact whole number", 0)
+    assert found["csv"] == [("1", None, 0), ("1", None, 0), ("1", None, 1), wrong]
+    assert found["jsonl"] == found["csv"]

@@ -14,9 +14,6 @@ from recray.data.logs import (
     BELOW_RATING,
     CLEANED,
     LogColumns,
-    as_number,
-    as_seconds,
-    as_text,
     cleaned_interactions,
     cleaned_sequences,
     core,
@@ -27,6 +24,7 @@ from recray.data.logs import (
     sampled_users,
 )
 from recray.data.reading import CONTENT, FAULT, ROW, File
+from recray.data.values import as_number, as_seconds, as_text
 from recray.errors import DataError
 from recray.schema import INTERACTIONS
 
@@ -121,17 +119,17 @@ def test_times_in_every_dress_are_seconds() -> None:
     seconds = 1_582_979_415
     for unit in ("s", "ms", "us", "ns"):
         array = pa.array([moment.replace(microsecond=0)]).cast(pa.timestamp(unit))
-        assert as_seconds(array).to_pylist() == [seconds]
-    assert as_seconds(pa.array([moment]).cast(pa.timestamp("us", tz="Europe/Berlin"))).to_pylist() == [seconds]
-    assert as_seconds(pa.array([moment.date()])).to_pylist() == [seconds - 45_015]
+        assert as_seconds(array)[0].to_pylist() == [seconds]
+    assert as_seconds(pa.array([moment]).cast(pa.timestamp("us", tz="Europe/Berlin")))[0].to_pylist() == [seconds]
+    assert as_seconds(pa.array([moment.date()]))[0].to_pylist() == [seconds - 45_015]
     texts = {
         "2020-02-29T12:30:15Z": seconds, "2020-02-29 12:30:15.999": seconds, "2020-02-29": seconds - 45_015,
         "2020-02-29T14:30:15+02:00": seconds, "2020-02-29T07:30:15-0500": seconds, "2020-02-29T12:30": seconds - 15,
         " 1582979415 ": seconds, "1.582979415e9": seconds, "1582979415.75": seconds,
         "2020-02-30": None, "2020-13-01": None, "yesterday": None, "": None, "nan": None,
     }  # fmt: skip
-    assert as_seconds(pa.array(list(texts))).to_pylist() == list(texts.values())
-    assert as_seconds(pa.array([1.5, float("nan"), float("inf"), None])).to_pylist() == [1, None, None, None]
+    assert as_seconds(pa.array(list(texts)))[0].to_pylist() == list(texts.values())
+    assert as_seconds(pa.array([1.5, float("nan"), float("inf"), None]))[0].to_pylist() == [1, None, None, None]
 
 
 def test_ids_and_numbers_from_text() -> None:

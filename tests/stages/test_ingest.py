@@ -178,6 +178,30 @@ def test_json_rows_without_one_to_use_are_refused_whole(tmp_path: Path, workspac
     assert not workspace.exists("ingest")
 
 
+def test_what_had_to_be_mended_is_stated(
+    tmp_path: Path, workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    moment = 1_600_000_000
+    rows = [("1", 1, moment, 5), ("1.0", 2, 1000 * moment + 60_000, 5), ("2", "3.0", moment, 5), ("2.5", 3, moment, 5)]
+    folder = write_log(tmp_path / "log", [*rows, ("Zoë", 4, moment, 5)])
+    for name in ("interactions.csv", "items.csv"):
+        text = (folder / name).read_text().replace("Title 7", "Amélie")
+        (folder / name).write_bytes(text.encode("cp1252"))
+    with caplog.at_level("WARNING"):
+        manifest = ingest(folder, workspace)
+    kept = workspace.table("ingest", "interactions").sort_by([("user_id", "ascending"), ("time", "ascending")])
+    assert kept["user_id"].to_pylist() == ["1", "1", "2", "Zoë"]
+    assert kept["time"].to_pylist() == [moment, moment + 60, moment, moment]
+    assert "Amélie" in workspace.table("ingest", "items")["title"].to_pylist()
+    assert manifest.facts["rejected_by_reason"] == {"user id that is no exact whole number": 1}
+    assert manifest.facts["time_units"] == {"seconds": 3, "milliseconds": 1}
+    assert manifest.facts["mended_ids"] == {"user_id": 1, "item_id": 1}
+    assert manifest.facts["read_as_cp1252"] == ["interactions.csv", "items.csv"]
+    assert "mix units, each row was read by its own: 3 in seconds, 1 in milliseconds" in caplog.text
+    assert "items.csv is not UTF-8, it was read as cp1252; the first such row is 7: 7,Amélie" in caplog.text
+    assert "the first such row is 4: Zoë,4," in caplog.text
+
+
 def test_synthetic_logs_come_with_their_truth(workspace: Workspace) -> None:
     pipeline = Pipeline(name="test", ingest=Ingest(synthetic=Synthetic(interactions=2000)))
     run_stages(pipeline, workspace, ("ingest",), force=frozenset())
@@ -197,7 +221,7 @@ def test_synthetic_logs_come_with_their_truth(workspace: Workspace) -> None:
     [
         ([], "the log is empty"),
         ([("u", 1, 5, 5), ("u", 2, 6, 5)], "the log is of 1 user, expected at least two"),
-        ([("u", 1, 1_600_000_000_000, 5)] * 3, "no row of the log can be used: 3 impossible timestamp; .*milliseconds"),
+        ([("u", 1, 100_000_000_000, 5)] * 3, "no row of the log can be used: 3 impossible timestamp; .*time_unit"),
     ],
 )
 def test_logs_without_use_are_refused_whole(
