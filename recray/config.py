@@ -37,8 +37,10 @@ class Columns(Part):
         "auto", description="Of times given as numbers. auto: the one in which a number lies in 1995 to 2100."
     )
     rating: str | None = Field(None, description="None: `rating` where the log has it.")
-    title: str = "title"
-    genres: str | None = Field(None, description="None: `genres`, else `tags`, where the catalogue has one.")
+    title: str = Field("title", description="In a RecBole file without it: `name`, `movie_title`, ...")
+    genres: str | None = Field(
+        None, description="None: `genres`, else `tags` (RecBole: `class`, ...), if there is one."
+    )
 
 
 class Synthetic(Part):
@@ -55,8 +57,12 @@ class Synthetic(Part):
 class Ingest(Part):
     """Logs and catalogue in, one schema out."""
 
-    data: str | None = Field(None, description="File, folder or glob, local or URI. None: synthetic logs.")
-    items: str | None = Field(None, description="Catalogue, where it does not lie beside the log as `items.*`.")
+    data: str | None = Field(
+        None, description="File, folder or glob, local or URI; forms: docs/formats.md. None: synthetic logs."
+    )
+    items: str | None = Field(
+        None, description="Catalogue, where it does not lie beside the log as `items.*` or `NAME.item`."
+    )
     columns: Columns = Columns()
     min_rating: float | None = Field(None, description="Ratings below are not implicit feedback and are left out.")
     min_user_interactions: Count = Field(1, description="k-core: fewer, and the user goes.")

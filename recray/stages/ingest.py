@@ -381,18 +381,26 @@ def _write_published(job: Job, part: Ingest, published: ray.data.Dataset | None,
         "of_users_not_sampled": usable - rows.num_rows,
     }
     job.out.facts["published_users"] = len(pc.unique(rows["user_id"]))
-    job.out.facts["published_rows_with_a_candidate_twice"] = _repeated(rows["candidates"])
+    job.out.facts |= _odd_candidates(rows)
     read = published.count()
     assert read == sum(account.values()), f"read {read} published rows, but can account for {account}"
     job.out.facts |= {"published_rows": {"read": read, **account}, "published_rejected_by_reason": reasons}
 
 
-def _repeated(candidates: pa.ChunkedArray) -> int:
-    """Return how many lists hold an item more than once; it is ranked once."""
-    counts = pc.fill_null(pc.list_value_length(candidates), 0).to_numpy()
+def _odd_candidates(rows: pa.Table) -> dict[str, int]:
+    """Return how many lists hold an item more than once, which is ranked once, and how many get their target put in."""
+    lists = rows.filter(pc.is_valid(rows["candidates"]))
+    counts = pc.list_value_length(lists["candidates"]).to_numpy()
     owners = np.repeat(np.arange(len(counts)), counts)
-    pairs = np.unique(np.stack([owners, pc.list_flatten(candidates).to_numpy()]), axis=1)
-    return int((np.bincount(pairs[0], minlength=len(counts)) < counts).sum())
+    items = pc.list_flatten(lists["candidates"]).to_numpy()
+    distinct_items = np.unique(np.stack([owners, items]), axis=1)[0]
+    holds = np.unique(owners[items == lists["target"].to_numpy()[owners]])
+    return {
+        "published_rows_with_a_candidate_twice": int(
+            (np.bincount(distinct_items, minlength=len(counts)) < counts).sum()
+        ),
+        "published_rows_without_their_target": len(counts) - len(holds),
+    }
 
 
 def _write_truth(job: Job, item_ids: pa.Array) -> None:

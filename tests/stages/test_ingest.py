@@ -118,7 +118,7 @@ def test_published_sequences_are_kept_and_numbered(tmp_path: Path, workspace: Wo
     rows = [
         {"split": split, "user_id": user, "history": [1, 2], "target": target, "candidates": candidates}
         for split, user, target, candidates in (
-            ("train", None, 3, None), ("val", 5, 3, [4, 5]), ("train_more", 5, 3, None), ("test", 6, 77, None),
+            ("train", None, 3, None), ("val", 5, 3, [4, 5, 4]), ("train_more", 5, 3, None), ("test", 6, 77, None),
             ("test", 6, 4, None),
         )
     ]  # fmt: skip
@@ -130,7 +130,9 @@ def test_published_sequences_are_kept_and_numbered(tmp_path: Path, workspace: Wo
     assert table["user_id"].to_pylist() == ["row-0", "5", "6"]
     ids = workspace.table("ingest", "items")["item_id"].to_pylist()
     assert [[ids[item] for item in items] for items in table["history"].to_pylist()] == [["1", "2"]] * 3
-    assert [ids[item] for item in table["candidates"].to_pylist()[1]] == ["4", "5"]
+    assert [ids[item] for item in table["candidates"].to_pylist()[1]] == ["4", "5", "4"]
+    assert manifest.facts["published_rows_with_a_candidate_twice"] == 1
+    assert manifest.facts["published_rows_without_their_target"] == 1
     assert manifest.facts["published_rows"] == {
         "read": 5, "kept": 3, "rejected": 1, "of_other_splits": 1, "of_users_not_sampled": 0,
     }  # fmt: skip
