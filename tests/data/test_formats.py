@@ -171,6 +171,14 @@ def test_atomic_columns_are_mapped_by_themselves_and_by_settings(tmp_path: Path)
     assert items["genres"].to_pylist() == [["Drama War"], []]
 
 
+def test_quotes_in_an_atomic_file_are_characters(tmp_path: Path) -> None:
+    titles = ['"Weird" Al', '7" single', '"whole"']
+    item = "item_id:token\ttitle:token\n" + "".join(f"{row}\t{title}\n" for row, title in enumerate(titles))
+    source = atomic(tmp_path, INTER, item)
+    items = read_items(source.items_fs, source.items, Columns(), 0).sort_by("item_id")
+    assert items["title"].to_pylist() == titles
+
+
 def test_atomic_rows_that_are_short_are_set_aside_and_floats_are_times(tmp_path: Path) -> None:
     source = atomic(tmp_path, INTER, "item_id:token\ttitle:token\n1\tA\n2\tB\n")
     rows = cleaned(source).to_pylist()
@@ -222,8 +230,9 @@ def test_western_text_is_read_as_it_was_meant(
     assert (row, text[2:]) == (0, WESTERN[0])
 
 
-def test_utf8_is_never_taken_for_western_text(tmp_path: Path) -> None:
-    source = titles_as(tmp_path, "utf-8", WESTERN)
+@pytest.mark.parametrize("titles", [WESTERN, ["Am\u00e9lie", "\u00e9t\u00e9", "plain", "plain", "\u00e0"]])
+def test_utf8_is_never_taken_for_western_text(tmp_path: Path, titles: list[str]) -> None:
+    source = titles_as(tmp_path, "utf-8", titles)
     assert first_decoded(source.fs, source.items[0]) is None
     path = Path(source.items[0].path)
     path.write_bytes(path.read_bytes() + b"\n9,broken \xe9")

@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 from recray.config import Ingest
 from recray.data import reading
 from recray.data.items import items_of_titles
-from recray.data.logs import cleaned_sequences, resolve
+from recray.data.logs import cleaned_selections, cleaned_sequences, resolve
 from recray.data.reading import CONTENT, FAULT, ROW, File, read_objects
 from recray.data.selections import (
     NO_TARGET,
@@ -76,9 +76,10 @@ def test_rows_are_those_of_parquet(
         CONTENT: pa.nulls(4, pa.string()),
     }
     assert sorted(ids.to_pylist()) == ["2002", "Boris", "Fever Ray", "Hope", "µ-Ziq"]
-    found = cleaned_sequences(table(file), file, ids)
+    found = cleaned_selections(table(file), file, ids)
     assert found.equals(cleaned_sequences(pa.table(as_parquet), file, ids))
     assert found["reason"].null_count == 4
+    assert set(found["file"].to_pylist()) == {file.name}, "rows of several files are put in the order of the files"
 
 
 def test_faults_are_named_by_file_and_row(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_faults_are_named_by_file_and_row(tmp_path: Path) -> None:
         choice(["a"], "b", ["b", "a"]),
     ]
     file = write(tmp_path / "test.json", rows)
-    found = cleaned_sequences(table(file), file, pa.array(["a", "b", "c"])).to_pylist()
+    found = cleaned_selections(table(file), file, pa.array(["a", "b", "c"])).to_pylist()
     assert [row["reason"] for row in found] == [
         NO_TARGET, TWO_TARGETS, "missing history", "missing history", "missing target", NO_TARGET, "malformed row",
         "empty title", "malformed row", "target not in the catalogue", None,
@@ -124,18 +125,23 @@ def test_a_broken_line_is_set_aside_and_a_broken_list_refused(tmp_path: Path) ->
 
 
 @given(
-    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.integers() | st.none(), max_size=3)),
+    st.lists(
+        st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.integers() | st.none(), max_size=3)
+        | st.integers(10)
+    ),
     st.integers(1, 40),
     st.sampled_from([None, 2]),
 )
 def test_a_list_is_read_whole_however_it_is_cut(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], chunk: int, indent: int | None
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], chunk: int, indent: int | None
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "train.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "BLOCK_BYTES", 8 * chunk)
-        assert list(read_objects(LOCAL, as_file(path))) == [(row, value, "") for row, value in enumerate(rows)]
+        found = list(read_objects(LOCAL, as_file(path)))
+    expected = [(value, "") if isinstance(value, dict) else (None, str(value)) for value in rows]
+    assert found == [(row, *each) for row, each in enumerate(expected)]
 
 
 def test_rows_of_one_history_are_of_one_user(tmp_path: Path) -> None:
@@ -206,3 +212,12 @@ def test_a_colon_of_a_title_is_not_taken_for_a_cut(tmp_path: Path) -> None:
     found = pa.concat_tables(read_selections(LOCAL, file, set(titles)))
     assert found["history"].to_pylist() == [["Covenant", ":wumpscut:", "Hope"], ["x"], [], ["", ""]]
     assert found[FAULT].to_pylist() == [None, None, NOT_CUT, "empty title"]
+
+
+def test_a_title_that_looks_like_a_number_stays_a_title(tmp_path: Path) -> None:
+    file = write(tmp_path / "test.json", [choice(["9.0", "1.5"], "NaN", ["NaN", "007", "2.0"])])
+    ids = items_of_titles(titles_of(LOCAL, [file]), 0)["item_id"].combine_chunks()
+    assert sorted(ids.to_pylist()) == ["007", "1.5", "2.0", "9.0", "NaN"]
+    row = cleaned_selections(table(file), file, ids).to_pylist()[0]
+    assert row["reason"] is None
+    assert [ids[item].as_py() for item in (*row["history"], row["target"])] == ["9.0", "1.5", "NaN"]
