@@ -8,6 +8,7 @@ import pytest
 from recray import schema
 from recray.config import Evaluate, Pipeline, Report, Resources
 from recray.errors import WorkspaceError
+from recray.ranking.slices import COLD
 from recray.stages import report
 from recray.stages.flow import Job
 from recray.workspace import Workspace
@@ -54,6 +55,8 @@ def _fill(workspace: Workspace) -> None:
         out.write_table("rows", pa.Table.from_pylist(ranked, schema=schema.RANKED_ROWS))
         out.write_json("metrics.json", [{"model": model, **numbers} for model in MODELS])
         out.write_json("differences.json", [{"model": "aligned", "minus": "sft", **numbers}])
+        cold = {"by": "target in training", "slice": COLD, "rows": 2, "of": ROWS, "users": 2}
+        out.write_json("slices.json", [{**cold, "models": {model: {"ndcg@10": _interval(0.25)} for model in MODELS}}])
         shares = [0.2] * 5
         exposure = {"groups": list("abcde"), "models": {"sft": shares}, "chosen": shares}
         out.write_json("exposure.json", exposure)
@@ -76,11 +79,13 @@ def test_page_and_terminal_show_the_run(workspace: Workspace, capsys: pytest.Cap
     page = _page(workspace)
     for part in ("test recipe", "90 % interval", "Alignment", "SASRec", "&lt;b&gt;Bold&lt;/b&gt;", "rank 2 of 3"):
         assert part in page
+    assert "2 of 8 rows" in page
     assert "<b>Bold" not in page
     assert page.count('class="example"') == 3
     assert workspace.require("report").facts["examples"] == 3
     terminal = capsys.readouterr().out
     assert "NDCG@10" in terminal
+    assert COLD in terminal
     assert "Aligned − SFT" in terminal
 
 
