@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 MANIFEST, BEST, WRITING = "manifest.json", "best", ".writing"
 READ_AT_ONCE = 1 << 22  # bytes
 LOOK_EVERY_S = 0.05
+LEAVE_WITHIN_S = 10.0  # for other ranks' files, when this one leaves
 
 
 class Saved(NamedTuple):
@@ -248,6 +249,14 @@ class CheckpointWriter:
             self._remove_half()
         self.seconds += time.perf_counter() - started
         return not failed
+
+    def leave(self) -> None:
+        """Let the checkpoint under way come to its end, for a while, as this rank goes; not a collective."""
+        if self._thread is not None:
+            self._thread.join(LEAVE_WITHIN_S)
+            self._given_up.set()
+            self._thread.join()
+            self._thread = None
 
     def _has_failed(self) -> bool:
         """Return whether any rank has; a collective."""

@@ -82,7 +82,11 @@ def fit(
         DivergenceError: on every rank, if too many steps had a loss or gradient that was not finite; names the rows.
         CheckpointError: if the last checkpoint can't be written.
     """
-    return _Run(engine, context, plan, take_step, validate, log, centre).to_the_end()
+    run = _Run(engine, context, plan, take_step, validate, log, centre)
+    try:
+        return run.to_the_end()
+    finally:
+        run.writer.leave()
 
 
 class _Run:
