@@ -62,19 +62,21 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and 2 repeats; to see that it runs")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for the table and the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1 if options.quick else 2)
     shape = SHAPE | ({"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 64} if options.quick else {})
+    repeats = 2 if options.quick else options.repeats
     report: dict[str, Any] = {
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, local disk",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "load_at_start": round(os.getloadavg()[0], 2),
         "steps_between": STEPS_BETWEEN,
+        "repeats": repeats,
         "tokens_a_step": TOKENS,
     }
-    repeats = 2 if options.quick else 5
     with tempfile.TemporaryDirectory(prefix="recray-group-") as folder:  # DeepSpeed wants a group, be it of one
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
@@ -147,7 +149,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
         f"# What a checkpoint costs\n\n{report['date']}; {report['hardware']}; torch {report['versions']['torch']}; "
         f"load {report['load_at_start']} at the start.\n"
         f"`python -m benchmarks.bench_checkpoint --out benchmarks/results`. Medians of stretches of {STEPS_BETWEEN} "
-        f"steps of {TOKENS} tokens, each with one checkpoint; spread is the largest less the smallest.\n\n"
+        f"steps of {TOKENS} tokens, {report['repeats']} each way, with one checkpoint a stretch; spread is the largest "
+        "less the smallest.\n\n"
         f"{table(report['rows'])}\n\n"
         "`waits`: how long training stood still for one checkpoint, in milliseconds and in steps without one.\n"
     )
