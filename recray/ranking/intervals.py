@@ -44,13 +44,7 @@ def clustered_means(
     Raises:
         ValueError: if there are no rows, or values and users disagree in length.
     """
-    values = np.asarray(values, dtype=np.float64)
-    values = values[:, None] if values.ndim == 1 else values
-    if len(values) == 0 or len(values) != len(users):
-        raise ValueError(f"expected as many users as rows and at least one, got {len(values)} and {len(users)}")
-    _, codes = np.unique(np.asarray(users), return_inverse=True)
-    rows_of_user: Floats = np.bincount(codes).astype(np.float64)
-    sums: Floats = np.stack([np.bincount(codes, weights=column) for column in values.T], axis=1)
+    sums, rows_of_user = by_user(values, users)
     mean = sums.sum(axis=0) / rows_of_user.sum()
     if len(rows_of_user) < 2:
         unknown = np.full_like(mean, np.nan)
@@ -59,6 +53,21 @@ def clustered_means(
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
     return Intervals(mean, low, high)
+
+
+def by_user(values: NDArray[Any], users: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Return the sums [U, M] of values [R, M] or [R] over each user's rows, and how many rows each has [U].
+
+    Raises:
+        ValueError: if there are no rows, or values and users disagree in length.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    if len(values) == 0 or len(values) != len(users):
+        raise ValueError(f"expected as many users as rows and at least one, got {len(values)} and {len(users)}")
+    _, codes = np.unique(np.asarray(users), return_inverse=True)
+    sums: Floats = np.stack([np.bincount(codes, weights=column) for column in values.T], axis=1)
+    return sums, np.bincount(codes).astype(np.float64)
 
 
 def _resampled_means(sums: Floats, rows_of_user: Floats, *, samples: int, seed: int) -> Floats:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recray.ranking.intervals import by_user
+
 Floats = NDArray[np.float64]
 
 FLIPS = 9_999  # so that no p-value is below 1 / 10,000
@@ -34,12 +36,7 @@ def sign_flip_p_values(differences: NDArray[Any], users: NDArray[Any], *, seed: 
     Raises:
         ValueError: if there are no rows, or differences and users disagree in length.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    values = values[:, None] if values.ndim == 1 else values
-    if len(values) == 0 or len(values) != len(users):
-        raise ValueError(f"expected as many users as rows and at least one, got {len(values)} and {len(users)}")
-    _, codes = np.unique(np.asarray(users), return_inverse=True)
-    sums = np.stack([np.bincount(codes, weights=column) for column in values.T], axis=1)
+    sums, _ = by_user(differences, users)
     # A flip that gives the observed sum again must count, whatever the order in which floats were added.
     observed = np.abs(sums.sum(axis=0)) - 1e-6 * np.abs(sums).max(axis=0)
     reached = np.zeros(sums.shape[1], dtype=np.int64)

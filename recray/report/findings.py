@@ -43,11 +43,18 @@ def findings(differences: Sequence[Entry], *, confidence: float = 0.95) -> list[
         test = entry.get("test", {})
         p, p_holm = (test.get(name) if test.get("measure") == measure else None for name in ("p", "p_holm"))
         pair = f"{model_name(entry['model'])} − {model_name(entry['minus'])}"
-        words = WORDS[verdict(entry[measure])]
-        if verdict(entry[measure]) and p_holm is not None and p_holm > 1 - confidence:
-            words += f", but not beyond chance among {test['comparisons']} comparisons"
+        words = WORDS[verdict(entry[measure])] + doubt(entry, measure, confidence)
         found.append(Finding(pair, measure, entry[measure], words, p, p_holm))
     return found
+
+
+def doubt(entry: Entry, measure: str, confidence: float) -> str:
+    """Return what to add to a better or worse that does not stand the correction for all pairs; else nothing."""
+    test = entry.get("test", {})
+    p_holm = test.get("p_holm") if test.get("measure") == measure else None
+    if verdict(entry[measure]) and p_holm is not None and p_holm > 1 - confidence:
+        return f", but not beyond chance among {test['comparisons']} comparisons"
+    return ""
 
 
 def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidence: float) -> list[str]:
@@ -66,9 +73,10 @@ def summary(metrics: Sequence[Entry], differences: Sequence[Entry], *, confidenc
     sentences = []
     for first, second in (("aligned", "sft"), ("sft", "popularity"), ("sft", "cooccurrence")):
         if (first, second) in paired and {first, second} <= by_model.keys():
-            difference = paired[first, second][measure]
+            entry = paired[first, second]
             values = by_model[first][measure]["value"], by_model[second][measure]["value"]
-            sentences.append(_comparison(first, second, measure, values, difference))
+            said = _comparison(first, second, measure, values, entry[measure])
+            sentences.append(f"{said}{doubt(entry, measure, confidence)}.")
     sentences += _popularity_shift(by_model)
     sentences.append(
         f"Measured on {metrics[0]['rows']:,} held-out rows of {metrics[0]['users']:,} users, every model ranking "
@@ -124,11 +132,11 @@ def _comparison(
     change = f"{signed(difference['value'])} ({signed(difference['low'])} to {signed(difference['high'])})"
     judged = verdict(difference)
     if judged is None:
-        return f"{start} and {other}: {numbers}, {signed(difference['value'])}; too few users for an interval."
+        return f"{start} and {other}: {numbers}, {signed(difference['value'])}; too few users for an interval"
     if judged == 0:
-        return f"{start} can’t be told from {other}: {numbers}, a difference of {change} whose interval holds zero."
+        return f"{start} can’t be told from {other}: {numbers}, a difference of {change} whose interval holds zero"
     word = "better" if judged > 0 else "worse"
-    return f"{start} ranks {word} than {other}, by more than the interval: {numbers}, {change}."
+    return f"{start} ranks {word} than {other}, by more than the interval: {numbers}, {change}"
 
 
 def _popularity_shift(by_model: Mapping[str, Entry]) -> list[str]:

@@ -32,7 +32,7 @@ from ray.train.v2._internal.execution import context as reporting
 
 from recray import errors
 from recray.config import Resources
-from recray.errors import CheckpointError, DivergenceError, MachineLeavingError, RecrayError, StopRequestedError
+from recray.errors import DivergenceError, MachineLeavingError, RecrayError, StopRequestedError
 from recray.stages.cluster import own_error
 from recray.stages.notice import Listener, ListeningTorch, board_for_workers
 from recray.train.checkpoint import CheckpointStore, folder_of
@@ -50,7 +50,7 @@ PROGRESS_EVERY_S = 15.0
 ARM_EVERY_S = 1.0
 UNITS, ENDED = "units", "ended.json"
 # Every rank raises these alike, so that none is left waiting for the others when all return.
-ALIKE = (CheckpointError, DivergenceError, StopRequestedError)
+ALIKE = (DivergenceError, StopRequestedError)
 
 
 class Feed(Protocol):
@@ -264,7 +264,7 @@ def run_fit(fit: Fit, workspace: Workspace, resources: Resources, *, callbacks: 
             _worker,
             train_loop_config={"fit": fit, "workspace": workspace, "resources": resources, "board": board},
             scaling_config=scaling(resources),
-            torch_config=backend(resources),
+            torch_config=ListeningTorch(backend=backend(resources)),
             run_config=RunConfig(
                 name=fit.run,
                 storage_path=workspace.path(".training"),
@@ -303,9 +303,9 @@ def scaling(resources: Resources) -> ScalingConfig:
     )
 
 
-def backend(resources: Resources) -> ListeningTorch:
+def backend(resources: Resources) -> str:
     """Return what workers' collectives run on."""
-    return ListeningTorch(backend="nccl" if resources.gpus_per_worker > 0 else "gloo")
+    return "nccl" if resources.gpus_per_worker > 0 else "gloo"
 
 
 def log_folder(workspace: Workspace, run: str) -> str:

@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 from ray.data import ActorPoolStrategy
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from recray.config import Users
 from recray.errors import ModelError
@@ -100,7 +100,7 @@ def _fit(job: Job, shape: Shape, folder: Path) -> None:
             "threads": resources.threads_per_worker,
         },
         scaling_config=scaling(resources),
-        torch_config=backend(resources),
+        torch_config=TorchConfig(backend=backend(resources)),
         run_config=RunConfig(
             name=name,
             storage_path=job.workspace.path(".training"),

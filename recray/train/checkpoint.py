@@ -220,6 +220,7 @@ class CheckpointWriter:
         self.step = step
         self._number += 1
         self.failure, self._own_part_done, self._given_up = None, threading.Event(), threading.Event()
+        folder = None
         try:
             folder = self._staging()
             write_state(folder)
@@ -228,6 +229,8 @@ class CheckpointWriter:
                     (folder / name).write_text(text, encoding="utf-8")
         except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
             self._fail(error)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         else:
             self._thread = threading.Thread(target=self._work, args=(step, folder, self._weights), daemon=True)
             self._thread.start()

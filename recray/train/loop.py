@@ -226,6 +226,7 @@ class _Run:
         """Validate, keep the best weights, report, and write a checkpoint."""
         progress = self.progress
         metrics = self.validate()
+        self.context.progress(progress.step, self.plan.steps, "validated")
         progress.validated = progress.step
         if metrics[WATCHED] > progress.best:
             progress.best, progress.best_step, progress.stale = metrics[WATCHED], progress.step, 0

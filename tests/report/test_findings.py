@@ -80,6 +80,9 @@ def test_a_finding_must_stand_the_correction() -> None:
         [_pair(0.01, 0.02) | {"test": test}, _pair(-0.02, -0.01) | {"test": test | {"p_holm": 0.04}}], confidence=0.95
     )
     assert weak.verdict == "better, but not beyond chance among 8 comparisons"
+    metrics = [_entry("sft", 0.50), _entry("aligned", 0.51)]
+    opening = summary(metrics, [_pair(0.01, 0.02) | {"test": test}], confidence=0.95)[0]
+    assert opening.endswith("but not beyond chance among 8 comparisons.")
     assert (weak.p, weak.p_holm) == (0.02, 0.16)
     assert strong.verdict == "worse"
     (loose,) = findings([_pair(0.01, 0.02) | {"test": test}], confidence=0.8)
