@@ -246,6 +246,15 @@ class Evaluate(Part):
     bootstrap_samples: Count = 1000
     confidence: Fraction = 0.95
     keep_ranked: Count = 20
+    score: Literal["summed", "mean", "prior_corrected", "validation"] = Field(
+        "validation", description="What language models rank by; validation: for each, the form best on validation."
+    )
+    prior_weights: tuple[Positive, ...] = Field(
+        (0.1, 0.25, 0.5, 1.0),
+        min_length=1,
+        description="Shares of the log-probability without a history that prior_corrected may take off.",
+    )
+    validation_rows: Count = Field(512, description="On which the form of the score is chosen.")
     tokens_per_micro_batch: Count = 16384
 
 

@@ -146,6 +146,14 @@ def met_in_training(histories: pa.Table, examples: pa.Table) -> dict[str, Int[nd
     return {user: np.sort(own) for user, own in zip(grouped["user"].to_pylist(), found, strict=True)}
 
 
+def sample_of(table: pa.Table, count: int, seed: int) -> pa.Table:
+    """Return at most `count` seeded rows of a table, by rising row number."""
+    table = table.sort_by("row")
+    if table.num_rows <= count:
+        return table
+    return table.take(pa.array(np.sort(np.random.default_rng(seed).choice(table.num_rows, count, replace=False))))
+
+
 def aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
     """Return the table's rows in the order of `rows`."""
     have = table["row"].to_numpy()

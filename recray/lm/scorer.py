@@ -3,7 +3,6 @@
 Axes: as in `recray.lm.layout`; D is the hidden size, V the vocabulary.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +32,8 @@ from recray.lm.prefix_attention import PREFIX, PrefixPlan, as_mask, prefix_plan
 LOGITS_KEPT = 2**24  # so many are kept for backward, 64 MiB in float32; more are made again,
 LOGITS_AT_ONCE = 2**22  # in chunks of so many
 WIDE = 400  # tokens of a row from which attention without masks is faster than with one
-
-Scorer = Callable[[list[ndarray], list[ndarray]], list[ndarray]]
+PRIORS_A_ROW = 128  # items scored behind one prompt of an empty history
+_NO_HISTORY = np.zeros(0, dtype=np.int32)
 
 
 class Packed(NamedTuple):
@@ -264,18 +263,40 @@ def groups_by_tokens(lengths: Int[ndarray, " U"], budget: int) -> list[list[int]
     return groups
 
 
-def load_scorer(folder: Path, *, tokens_per_micro_batch: int) -> Scorer:
-    """Return a function from histories and candidates to scores, for a recommender's folder.
+class LoadedScorer:
+    """A recommender's folder opened for scoring, on the GPU where there is one."""
 
-    Raises:
-        ModelError, CatalogueError: if the folder is not a recommender that recray wrote whole.
-    """
-    model, catalogue = open_recommender(folder, dtype=stored_dtype(folder))
-    scorer = ItemScorer(model).eval()
-    if torch.cuda.is_available():
-        scorer.cuda()
+    def __init__(self, folder: Path, *, tokens_per_micro_batch: int) -> None:
+        """Open the folder.
 
-    def score(histories: list[ndarray], candidates: list[ndarray]) -> list[ndarray]:
-        return score_rows(scorer, catalogue, histories, candidates, tokens_per_micro_batch=tokens_per_micro_batch)
+        Raises:
+            ModelError, CatalogueError: if it is not a recommender that recray wrote whole.
+        """
+        model, self.catalogue = open_recommender(folder, dtype=stored_dtype(folder))
+        self._scorer = ItemScorer(model).eval()
+        self._budget = tokens_per_micro_batch
+        if torch.cuda.is_available():
+            self._scorer.cuda()
+        self._prior = np.full(self.catalogue.num_items, np.nan, dtype=np.float32)
 
-    return score
+    def __call__(
+        self, histories: list[ndarray], candidates: list[ndarray], shown: list[ndarray] | None = None
+    ) -> list[Float[ndarray, " C"]]:
+        """Return the summed log-probability of each row's candidates, as `score_rows`."""
+        return score_rows(
+            self._scorer, self.catalogue, histories, candidates, tokens_per_micro_batch=self._budget, shown=shown
+        )
+
+    def prior(self, candidates: list[ndarray]) -> list[Float[ndarray, " C"]]:
+        """Return log pi(item | prompt of an empty history) of each row's candidates, nats, summed over the tokens.
+
+        A template that shows candidates shows the row's own. Else an item's is the same in every row, and is made once.
+        """
+        if self.catalogue.template.shows_candidates:
+            return self([_NO_HISTORY] * len(candidates), candidates)
+        wanted = np.unique(np.concatenate(candidates))
+        new = wanted[np.isnan(self._prior[wanted])]
+        if new.size:
+            pieces = np.array_split(new, -(-new.size // PRIORS_A_ROW))
+            self._prior[new] = np.concatenate(self([_NO_HISTORY] * len(pieces), pieces))
+        return [self._prior[items] for items in candidates]

@@ -101,6 +101,24 @@ def rank_rows(table: pa.Table, scores: list[NDArray[Any]], *, model: str, keep: 
     return pa.table(columns).cast(RANKED_ROWS)
 
 
+def target_ranks(
+    scores: list[NDArray[Any]], candidates: list[NDArray[Any]], targets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the rank of each row's target among its candidates, ties against us; [R].
+
+    Raises:
+        ValueError: if a row has no target among its candidates, or a score is NaN; names the row's place.
+    """
+    items, lengths = concatenated(candidates)
+    of_candidates, valid = padded(items, lengths, fill=-1)
+    table, _ = padded(concatenated(scores)[0], lengths, fill=0.0)
+    is_target = (of_candidates == targets[:, None]) & valid
+    if not is_target.any(axis=1).all():
+        row = int(np.flatnonzero(~is_target.any(axis=1))[0])
+        raise ValueError(f"row {row}: its candidates do not hold its target, {targets[row]}")
+    return ranks(table, is_target.argmax(axis=1), valid)
+
+
 def lists(column: pa.ChunkedArray) -> list[NDArray[Any]]:
     """Return a list column as one array a row."""
     flat, lengths = flat_lists(column)

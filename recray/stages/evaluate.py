@@ -13,10 +13,13 @@ import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
+from recray.config import Evaluate, Resources
+from recray.data.examples import sample_of
 from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
+from recray.ranking.forms import Form, best_form, forms_of
 from recray.ranking.ragged import padded
-from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, rank_rows
+from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, lists, rank_rows, target_ranks
 from recray.ranking.slices import COLD, slices
 from recray.ranking.summary import (
     Ranked,
@@ -94,13 +97,7 @@ def _sasrec(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
 
 def _language_model(stage: str) -> Callable[[Job, Training], OpenScorer]:
     def opener(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
-        return partial(
-            _language_scorer,
-            job.workspace,
-            stage,
-            tokens_per_micro_batch=job.part.tokens_per_micro_batch,
-            threads=job.resources.threads_per_worker,
-        )
+        return partial(_language_scorer, _Opened.of(job, stage), _chosen_form(job, stage))
 
     return opener
 
@@ -136,20 +133,100 @@ def _counting_scorer(stored: Any) -> Scorer:
     return score
 
 
-def _language_scorer(workspace: Workspace, stage: str, *, tokens_per_micro_batch: int, threads: int) -> Scorer:
+class _Opened(NamedTuple):
+    """What a process far away needs to open a language model."""
+
+    workspace: Workspace
+    stage: str
+    tokens_per_micro_batch: int
+    threads: int
+
+    @classmethod
+    def of(cls, job: Job, stage: str) -> "_Opened":
+        """Return what it takes under a job's settings."""
+        return cls(job.workspace, stage, job.part.tokens_per_micro_batch, job.resources.threads_per_worker)
+
+    def __call__(self) -> Any:
+        """Return the model as a `recray.lm.scorer.LoadedScorer`."""
+        # Imported here: torch and transformers take seconds, which replicas of the counting models need not wait.
+        import torch
+
+        from recray.lm.scorer import LoadedScorer
+
+        torch.set_num_threads(self.threads)
+        folder = self.workspace.folder(self.stage, "model")
+        return LoadedScorer(folder, tokens_per_micro_batch=self.tokens_per_micro_batch)
+
+
+def _language_scorer(opened: _Opened, form: Form) -> Scorer:
     """Return a language model's scorer, its folder opened where it is used: this may be another machine."""
-    # Imported here: torch and transformers take seconds, which replicas of the counting models need not wait.
-    import torch
-
-    from recray.lm.scorer import load_scorer
-
-    torch.set_num_threads(threads)
-    scorer = load_scorer(workspace.folder(stage, "model"), tokens_per_micro_batch=tokens_per_micro_batch)
+    scorer = opened()
 
     def score(batch: Batch) -> list[NDArray[Any]]:
-        return scorer(batch.histories, batch.candidates)
+        (found,) = _in_forms(scorer, [form], batch.histories, batch.candidates)
+        return found
 
     return score
+
+
+def _in_forms(
+    scorer: Any, forms: list[Form], histories: list[NDArray[Any]], candidates: list[NDArray[Any]]
+) -> list[list[NDArray[Any]]]:
+    """Return the rows' scores in each form."""
+    summed = scorer(histories, candidates)
+    priors = scorer.prior(candidates) if any(form.needs_prior for form in forms) else [None] * len(summed)
+    tokens = [scorer.catalogue.item_lengths[items] for items in candidates]
+    return [[form(*each) for each in zip(summed, tokens, priors, strict=True)] for form in forms]
+
+
+class RankForms:
+    """A replica of one language model that ranks validation rows in several forms of its score."""
+
+    def __init__(self, opened: _Opened, forms: list[Form]) -> None:
+        self._scorer, self._forms = opened(), forms
+
+    def __call__(self, table: pa.Table) -> dict[str, NDArray[np.int64]]:
+        """Return the rank of each row's target, a column a form."""
+        histories, candidates = lists(table["history"]), lists(table["candidates"])
+        targets = table["target"].to_numpy().astype(np.int64)
+        scores = _in_forms(self._scorer, self._forms, histories, candidates)
+        return {
+            str(form): target_ranks(own, candidates, targets) for form, own in zip(self._forms, scores, strict=True)
+        }
+
+
+def _chosen_form(job: Job, stage: str) -> Form:
+    """Return the form of the score that a language model's candidates are ranked by, chosen on validation rows."""
+    part: Evaluate = job.part
+    forms = forms_of(part.score, part.prior_weights)
+    if len(forms) == 1:
+        return forms[0]
+    rows = job.workspace.table("sequences", "validation", columns=["row", "history", "target", "candidates"])
+    rows = sample_of(rows, part.validation_rows, job.seed)
+    k = _headline(part.ks)
+    ranked = ray.data.from_arrow(rows).map_batches(
+        RankForms,
+        fn_constructor_args=(_Opened.of(job, stage), forms),
+        batch_format="pyarrow",
+        batch_size=ROWS_AT_ONCE,
+        **_replicas(job.resources, accelerated=True),
+    )
+    columns = ranked.to_pandas()
+    best, found = best_form(forms, columns[[str(form) for form in forms]].to_numpy(), k)
+    logger.info(
+        "evaluate: %s is ranked by its %s log-probability, best on %d validation rows", stage, best, len(columns)
+    )
+    job.out.facts.setdefault("score", {})[stage] = {"chosen": str(best), f"validation ndcg@{k}": found}
+    return best
+
+
+def _replicas(resources: Resources, *, accelerated: bool) -> dict[str, Any]:
+    """Return what Ray Data is told about replicas of a model."""
+    return {
+        "compute": ActorPoolStrategy(min_size=1, max_size=resources.data_actors),
+        "num_cpus": resources.cpus_per_worker,
+        "num_gpus": resources.gpus_per_worker if accelerated else 0,
+    }
 
 
 class RankRows:
@@ -173,16 +250,13 @@ def _training(workspace: Workspace) -> Training:
 
 def _rank(job: Job, model: Model, training: Training) -> None:
     """Write one model's ranked rows beside those of the others."""
-    resources = job.resources
     rows = ray.data.read_parquet(job.workspace.path("sequences", "test"), filesystem=job.workspace.fs)
     ranked = rows.repartition(target_num_rows_per_block=ROWS_AT_ONCE).map_batches(
         RankRows,
         fn_constructor_args=(model.name, model.opener(job, training), job.part.keep_ranked),
         batch_format="pyarrow",
         batch_size=ROWS_AT_ONCE,
-        compute=ActorPoolStrategy(min_size=1, max_size=resources.data_actors),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker if model.needs_accelerator else 0,
+        **_replicas(job.resources, accelerated=model.needs_accelerator),
     )
     ranked.write_parquet(job.out.path("rows"), filesystem=job.out.fs)
 

@@ -8,14 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy import ndarray
 from safetensors.torch import load_file
 
 from recray.config import Lora, Optimiser, Sft
 from recray.data.catalogue import Catalogue
-from recray.data.examples import list_arrays
+from recray.data.examples import list_arrays, sample_of
 from recray.errors import WorkspaceError
 from recray.lm.load import Model, load_model, open_catalogue, open_recommender, save_model, stored_dtype
 from recray.lm.lora import add_adapter, merge_adapter, save_adapter
@@ -65,10 +64,7 @@ def engine_of(model: Model, optimiser: Optimiser) -> Engine:
 
 def validation_rows(workspace: Workspace, count: int, seed: int) -> ValidationRows:
     """Return a seeded sample of the validation split; the same for every stage of a run."""
-    table = workspace.table("sequences", "validation").sort_by("row")
-    if table.num_rows > count:
-        chosen = np.sort(np.random.default_rng(seed).choice(table.num_rows, count, replace=False))
-        table = table.take(pa.array(chosen))
+    table = sample_of(workspace.table("sequences", "validation"), count, seed)
     return ValidationRows(
         histories=list_arrays(table["history"]),
         targets=table["target"].to_numpy().astype(np.int64),

@@ -2,20 +2,21 @@
 
 Axes:
     R  rows of this micro-batch
-    C  candidates of the widest row
+    C  candidates of a row
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy import ndarray
 
 from recray.data.catalogue import Catalogue
 from recray.distributed.collectives import sum_over_ranks, world
 from recray.lm.scorer import lay_out, segment_lengths, segments_of, sum_by_slot, to_device
-from recray.ranking.metrics import hit_rate, ndcg, ranks, reciprocal_rank
+from recray.ranking.metrics import hit_rate, ndcg, reciprocal_rank
+from recray.ranking.rows import target_ranks
 from recray.train.engine import Engine
 from recray.train.feeding import company
 from recray.train.units import split
@@ -60,17 +61,3 @@ def _ranks_of(
     if not places.size:
         return np.zeros(0, dtype=np.int64)
     return target_ranks(np.split(flat, np.cumsum([items.size for items in chosen])[:-1]), chosen, rows.targets[places])
-
-
-def target_ranks(
-    scores: list[Float[ndarray, " C"]], candidates: list[Int[ndarray, " C"]], targets: Int[ndarray, " R"]
-) -> Int[ndarray, " R"]:
-    """Return the rank of each row's target among its candidates, ties against us."""
-    width = max(items.size for items in candidates)
-    padded = np.zeros((len(candidates), width), dtype=np.float32)
-    valid = np.zeros(padded.shape, dtype=bool)
-    column = np.zeros(len(candidates), dtype=np.int64)
-    for row, (own, items) in enumerate(zip(scores, candidates, strict=True)):
-        padded[row, : own.size], valid[row, : own.size] = own, True
-        column[row] = np.flatnonzero(items == targets[row])[0]
-    return ranks(padded, column, valid)

@@ -12,11 +12,12 @@ from transformers import (
 )
 
 from recray.data.catalogue import Catalogue
+from recray.data.prompts import find_template
 from recray.errors import DataError
 from recray.lm import scorer as scorer_module
 from recray.lm.layout import candidate_layout, stream_layout
 from recray.lm.load import save_model
-from recray.lm.scorer import ItemScorer, groups_by_tokens, load_scorer, score_rows, segments_of, sum_by_slot, to_device
+from recray.lm.scorer import ItemScorer, LoadedScorer, groups_by_tokens, score_rows, segments_of, sum_by_slot, to_device
 
 Rows = tuple[list[np.ndarray], list[np.ndarray]]
 
@@ -102,10 +103,30 @@ def test_a_saved_folder_scores_as_the_model_in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Rows, tmp_path: Path
 ) -> None:
     save_model(tmp_path, model, tokenizer, catalogue)
-    loaded = load_scorer(tmp_path, tokens_per_micro_batch=4096)(*rows)
+    loaded = LoadedScorer(tmp_path, tokens_per_micro_batch=4096)(*rows)
     expected = score_rows(ItemScorer(model).eval(), catalogue, *rows, tokens_per_micro_batch=4096)
     for a, b in zip(loaded, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("template", ["titles", "instruction", "instruction_candidates"])
+def test_the_prior_is_the_score_behind_an_empty_history(
+    template: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    rows: Rows,
+    tmp_path: Path,
+) -> None:
+    catalogue = Catalogue.build(catalogue.labels, tokenizer, find_template(template), 400)
+    save_model(tmp_path, model, tokenizer, catalogue)
+    loaded = LoadedScorer(tmp_path, tokens_per_micro_batch=4096)
+    candidates = rows[1]
+    nothing = [np.zeros(0, dtype=np.int64)] * len(candidates)
+    expected = loaded(nothing, candidates)  # a template that shows candidates shows the row's own
+    for _ in range(2):  # made, then kept
+        for a, b in zip(loaded.prior(candidates), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(

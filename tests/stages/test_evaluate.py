@@ -15,15 +15,17 @@ from recray.data.prompts import find_template
 from recray.data.tokenizer import train_tokenizer
 from recray.errors import DataError
 from recray.lm.load import make_model, save_model
-from recray.lm.scorer import load_scorer
-from recray.ranking.metrics import ranks
+from recray.lm.scorer import LoadedScorer
+from recray.ranking.forms import Form, forms_of
+from recray.ranking.metrics import ndcg, ranks
 from recray.ranking.paired import holm, sign_flip_p_values
-from recray.ranking.rows import batch_of, rank_rows
+from recray.ranking.rows import batch_of, lists, rank_rows, target_ranks
 from recray.stages import evaluate
 from recray.stages.flow import Job
 from recray.workspace import Workspace
 
 ITEMS, TEST_ROWS, USERS, DIM = 30, 40, 12, 4
+FORMS = forms_of("validation", Evaluate().prior_weights)
 LABELS = [f"The {name} {number}" for number in range(6) for name in ("River", "Stone", "Garden", "Night", "Door")]
 
 
@@ -79,7 +81,8 @@ def _fill(workspace: Workspace, folder: Path, test: pa.Table) -> None:
     rows = test["row"].to_pylist()[::-1]  # not in the order of the test rows
     row_vectors = {"row": rows, "vector": generator.normal(size=(len(rows), DIM)).tolist()}
     _write(workspace, "ingest", {"items": items})
-    _write(workspace, "sequences", {"histories": histories, "test": test})
+    validation = _evaluation(np.random.default_rng(2))
+    _write(workspace, "sequences", {"histories": histories, "validation": validation, "test": test})
     vectors = {
         "items": pa.table(item_vectors, schema=schema.ITEM_VECTORS),
         "test": pa.table(row_vectors, schema=schema.ROW_VECTORS),
@@ -118,9 +121,10 @@ def test_ranks_are_those_of_each_models_own_scores(evaluated: Workspace) -> None
     test = evaluated.table("sequences", "test")
     item_vectors = np.array(evaluated.table("users", "items")["vector"].to_pylist())
     row_vectors = dict(zip(*evaluated.table("users", "test").to_pydict().values(), strict=True))
-    scorer = load_scorer(evaluated.folder("align", "model"), tokens_per_micro_batch=512)
+    scorer = LoadedScorer(evaluated.folder("align", "model"), tokens_per_micro_batch=512)
     batch = batch_of(test)
-    aligned = scorer(batch.histories, batch.candidates)
+    form = next(form for form in FORMS if str(form) == evaluated.require("evaluate").facts["score"]["align"]["chosen"])
+    aligned = _in_form(form, scorer, batch.histories, batch.candidates)
     found = {(row["model"], row["row"]): row for row in evaluated.table("evaluate", "rows").to_pylist()}
     for scores, row in zip(aligned, test.to_pylist(), strict=True):
         sasrec = item_vectors[row["candidates"]] @ np.array(row_vectors[row["row"]])
@@ -132,6 +136,29 @@ def test_ranks_are_those_of_each_models_own_scores(evaluated: Workspace) -> None
             assert got["num_candidates"] == len(row["candidates"])
             best = np.array(row["candidates"])[np.argsort(-expected)][:3]
             assert got["ranked"] == best.tolist()
+
+
+def test_the_form_of_the_score_is_the_best_on_validation_rows(evaluated: Workspace) -> None:
+    table = evaluated.table("sequences", "validation")
+    histories, candidates = lists(table["history"]), lists(table["candidates"])
+    for stage in ("sft", "align"):
+        scorer = LoadedScorer(evaluated.folder(stage, "model"), tokens_per_micro_batch=512)
+        expected = {}
+        for form in FORMS:
+            scores = _in_form(form, scorer, histories, candidates)
+            expected[str(form)] = ndcg(target_ranks(scores, candidates, table["target"].to_numpy()), 10).mean()
+        fact = evaluated.require("evaluate").facts["score"][stage]
+        assert fact["validation ndcg@10"] == pytest.approx(expected)
+        assert fact["chosen"] == max(expected, key=lambda name: expected[name])
+        assert len(set(expected.values())) > 1  # or the choice would be none
+
+
+def _in_form(
+    form: Form, scorer: LoadedScorer, histories: list[np.ndarray], candidates: list[np.ndarray]
+) -> list[np.ndarray]:
+    alone = scorer([np.zeros(0, dtype=np.int64)] * len(candidates), candidates)
+    tokens = [scorer.catalogue.item_lengths[items] for items in candidates]
+    return [form(*each) for each in zip(scorer(histories, candidates), tokens, alone, strict=True)]
 
 
 def test_metrics_are_means_of_the_rows(evaluated: Workspace) -> None:
