@@ -123,6 +123,10 @@ class LanguageModel(Part):
     intermediate_size: Count = 384
     max_positions: Count = 1024
     vocabulary: Count = Field(2048, description="Tokens of the tokenizer trained on the catalogue.")
+    tokens: Literal["words", "titles"] = Field(
+        "words",
+        description="words: words and pieces of them; titles: whole titles too, those met most in training.",
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantization: Literal["none", "nf4"] = Field("none", description="Of the frozen base while sft trains an adapter.")
 
@@ -320,6 +324,16 @@ class Pipeline(Part):
             raise ValueError(
                 f"align.num_negatives or tune.num_negatives asks for {wanted} negatives a row, but negatives.num "
                 f"draws {self.negatives.num}; raise negatives.num or lower the others"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_titles_stand_alone(self) -> Self:
+        if self.sft.model.tokens == "titles" and (self.sft.prompt.template != "titles" or self.sft.model.path):
+            raise ValueError(
+                "sft.model.tokens is titles, which needs a model made here (sft.model.path=null) and "
+                "sft.prompt.template=titles: where more text stands around a title, tokens would run over its end; "
+                "set sft.model.tokens=words"
             )
         return self
 

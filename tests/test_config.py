@@ -65,6 +65,8 @@ def test_a_base_may_be_quantised_under_an_adapter_on_a_gpu() -> None:
     ("settings", "words"),
     [
         (["reference.source=adapter_off"], "align.lora is not set"),
+        (["sft.model.tokens=titles", "sft.prompt.template=instruction"], "set sft.model.tokens=words"),
+        (["sft.model.tokens=titles", "sft.model.path=some/model"], "needs a model made here"),
         ([*NF4, "sft.lora=null"], "which needs sft.lora"),
         ([*NF4, "sft.model.path=null"], "which needs sft.model.path"),
         ([*NF4, "resources.gpus_per_worker=0"], "which needs resources.gpus_per_worker"),

@@ -11,11 +11,14 @@ PAD, BOS, END = "<pad>", "<bos>", "<end>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, so that no title is unknown, and the special tokens
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, *, across_words: bool = False) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most `vocabulary` tokens, trained on `texts`.
 
     The same texts give the same tokenizer, in whatever order they come. Any text can be written and read
     back. Few texts support few merges: the vocabulary may be smaller than asked for.
+
+    Args:
+        across_words: Merge over spaces and marks too, so that a text that comes often may be one token.
 
     Raises:
         CatalogueError: if `vocabulary` has no room for the bytes and the special tokens.
@@ -27,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         )
     bpe = Tokenizer(models.BPE())
     # No space is put before a text: encode(a) + encode(b) could not be encode(a + b).
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

@@ -7,16 +7,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow.compute as pc
 
 from recray.config import Sft
 from recray.data.catalogue import Catalogue, check_boundaries
-from recray.data.prompts import find_template, training_texts
+from recray.data.prompts import find_template, met_texts, training_texts
 from recray.data.tokenizer import train_tokenizer
 from recray.lm.attention import known_positions
 from recray.lm.load import Model, Tokenizer, load_model, make_model, save_model
 from recray.lm.lora import add_adapter, check_targets, require_nf4
 from recray.lm.scorer import ItemScorer
 from recray.lm.selfcheck import choose_sharing
+from recray.ranking.baselines import item_popularity
 from recray.stages.fitting import Feed, Fit, RayContext, run_fit
 from recray.stages.flow import Job
 from recray.stages.recommender import (
@@ -93,7 +95,7 @@ def _write_start(job: Job, name: str) -> Catalogue:
     template = find_template(part.prompt.template)
     dtype = dtype_of(part.model.dtype)
     if part.model.path is None:
-        tokenizer = train_tokenizer(training_texts(template, labels), part.model.vocabulary)
+        tokenizer = _trained_tokenizer(job, labels)
         shape = part.model.model_dump(include={"hidden_size", "layers", "heads", "intermediate_size", "max_positions"})
         model = make_model(tokenizer, **shape, seed=job.seed, dtype=dtype)
     else:
@@ -125,6 +127,16 @@ def _write_start(job: Job, name: str) -> Catalogue:
         "share_of_validation_prompts_cut": _share_cut(catalogue, rows),
     }
     return catalogue
+
+
+def _trained_tokenizer(job: Job, labels: list[str]) -> Tokenizer:
+    """Return a tokenizer trained on the catalogue or, if titles may be tokens, on what was met in training."""
+    part: Sft = job.part
+    if part.model.tokens == "words":
+        return train_tokenizer(training_texts(find_template(part.prompt.template), labels), part.model.vocabulary)
+    histories = job.workspace.table("sequences", "histories", columns=["items"])
+    counts = item_popularity(pc.list_flatten(histories["items"]).to_numpy(), len(labels))
+    return train_tokenizer(met_texts(labels, counts), part.model.vocabulary, across_words=True)
 
 
 def _within_positions(catalogue: Catalogue, model: Model, tokenizer: Tokenizer) -> Catalogue:

@@ -48,6 +48,17 @@ def test_frequent_words_become_one_token(tokenizer: PreTrainedTokenizerFast) -> 
     assert tokenizer.convert_ids_to_tokens(encode(tokenizer, ["x Game"], special_text=True)[0]) == ["x", "ĠGame"]
 
 
+def test_across_words_a_text_met_often_is_one_token_and_a_rare_one_is_not() -> None:
+    often = train_tokenizer([*TEXTS, *["The Blue Game 1991"] * 50], 285, across_words=True)
+    often_met, rare = encode(often, ["The Blue Game 1991", "The Red Game 1994"], special_text=False)
+    assert len(often_met) == 1
+    assert len(rare) > 1
+    assert often.decode(rare) == "The Red Game 1994"
+    # A title's tokens do not change with the titles around it: the end token parts them.
+    (stream,) = encode(often, [f"{BOS}The Blue Game 1991{END}The Red Game 1994"], special_text=True)
+    assert stream == [1, *often_met, 2, *rare]
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_is_read_back_as_it_was(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     (tokens,) = encode(tokenizer, [text], special_text=False)
