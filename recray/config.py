@@ -259,6 +259,9 @@ class Evaluate(Part):
         description="Shares of the log-probability without a history that prior_corrected may take off.",
     )
     validation_rows: Count = Field(512, description="On which the form of the score is chosen.")
+    generate_rows: Annotated[int, Field(ge=0)] = Field(
+        200, description="Test rows, a seeded sample, whose next item language models also write freely. 0: none."
+    )
     tokens_per_micro_batch: Count = 16384
 
 

@@ -18,6 +18,7 @@ seeded shuffle, so the number carries nothing of the order in which a catalogue 
     negatives/train           one a row of sequences/train
     reference/train           one a row of sequences/train
     evaluate/rows             one a (model, row of sequences/test)
+    evaluate/written          one a (language model, row of a sample of sequences/test)
 """
 
 import pyarrow as pa
@@ -101,6 +102,19 @@ RANKED_ROWS = pa.schema(
         ("num_candidates", pa.int32()),
         ("rank", pa.int32()),  # of the target, from 1, ties against us
         ("ranked", ITEMS),  # the candidates, best first, at most `evaluate.keep_ranked`
+    ]
+)
+
+WRITTEN_ROWS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("row", pa.int64()),
+        ("user_id", pa.string()),
+        ("target", ITEM),
+        ("text", pa.string()),  # what the model wrote freely, without the end token
+        ("ended", pa.bool_()),  # whether it wrote the end token before it had written as much as the longest item
+        ("item", ITEM),  # that the text is, as a whole; null where it is none
+        ("in_candidates", pa.bool_()),  # whether that item is a candidate of the row
     ]
 )
 
