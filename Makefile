@@ -18,6 +18,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_checkpoint --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_global_batch --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_audit --out benchmarks/results
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_evaluation --out benchmarks/results
 
 check: $(STAMP)
 	$(BIN)/ruff check

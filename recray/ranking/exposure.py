@@ -40,8 +40,15 @@ def average_popularity(recommended: NDArray[Any], popularity: NDArray[Any], k: i
 
 def coverage(recommended: NDArray[Any], num_items: int, k: int) -> float:
     """Return the distinct items among the first `k` of all rows, as a share of the catalogue."""
-    first = np.asarray(recommended)[:, :k]
-    return len(np.unique(first[first >= 0])) / num_items
+    return int(np.count_nonzero(shown_counts(recommended, num_items, k))) / num_items
+
+
+def div_ratio(recommended: NDArray[Any], k: int) -> float:
+    """Return the distinct items among the first `k` of all rows, as a share of the R k places.
+
+    A row with fewer than k items leaves places empty, which count. Source: SPRec.
+    """
+    return int(np.count_nonzero(shown_counts(recommended, 0, k))) / (len(recommended) * k)
 
 
 def popularity_groups(popularity: NDArray[Any]) -> Ints:
@@ -82,7 +89,7 @@ def bands(popularity: NDArray[Any]) -> Ints:
 
 
 def shown_counts(recommended: NDArray[Any], num_items: int, k: int) -> Ints:
-    """Return how often every item of the catalogue is among the first `k` of a row; [I]."""
+    """Return how often every item of the catalogue is among the first `k` of a row; [I], or up to the last shown."""
     first = np.asarray(recommended)[:, :k]
     return np.bincount(first[first >= 0], minlength=num_items).astype(np.int64)
 

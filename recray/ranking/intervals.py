@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_WEIGHTS_AT_ONCE = 4_000_000  # resampling weights held in memory at a time: 32 MB
+_WEIGHTS_AT_ONCE = 8_000_000  # resampling weights held in memory at a time: 64 MB
 
 
 class Intervals(NamedTuple):
@@ -45,14 +45,18 @@ def clustered_means(
         ValueError: if there are no rows, or values and users disagree in length.
     """
     sums, rows_of_user = by_user(values, users)
-    mean = sums.sum(axis=0) / rows_of_user.sum()
-    if len(rows_of_user) < 2:
-        unknown = np.full_like(mean, np.nan)
-        return Intervals(mean, unknown, unknown)
-    means = _resampled_means(sums, rows_of_user, samples=samples, seed=seed)
+    means = resampled_means(sums, rows_of_user, samples=samples, seed=seed)
+    return percentile_intervals(sums.sum(axis=0) / rows_of_user.sum(), means, confidence=confidence)
+
+
+def percentile_intervals(value: Floats, resampled: Floats, *, confidence: float) -> Intervals:
+    """Return measures [M] with the middle of their resamples [S, M]; bounds are NaN where the resamples are."""
+    if np.isnan(resampled).any():
+        unknown = np.full_like(value, np.nan)
+        return Intervals(value, unknown, unknown)
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
-    return Intervals(mean, low, high)
+    low, high = np.quantile(resampled, [tail, 1.0 - tail], axis=0)
+    return Intervals(value, low, high)
 
 
 def by_user(values: NDArray[Any], users: NDArray[Any]) -> tuple[Floats, Floats]:
@@ -70,8 +74,19 @@ def by_user(values: NDArray[Any], users: NDArray[Any]) -> tuple[Floats, Floats]:
     return sums, np.bincount(codes).astype(np.float64)
 
 
-def _resampled_means(sums: Floats, rows_of_user: Floats, *, samples: int, seed: int) -> Floats:
-    """Return [S, M] means of resampled users."""
+def resampled_means(sums: Floats, rows_of_user: Floats, *, samples: int, seed: int) -> Floats:
+    """Return the means of resampled users; [S, M], NaN where fewer than two users leave nothing to resample.
+
+    The means of differences are the differences of these, for all measures see the same resamples.
+
+    Args:
+        sums: [U, M] over each user's rows.
+        rows_of_user: [U].
+        samples: S.
+        seed: of the resampling.
+    """
+    if len(rows_of_user) < 2:
+        return np.full((samples, sums.shape[1]), np.nan)
     generator = np.random.default_rng(seed)
     users = len(rows_of_user)
     chunk = max(1, _WEIGHTS_AT_ONCE // users)

@@ -16,12 +16,14 @@ from recray.ranking.exposure import (
     balance,
     bands,
     coverage,
+    div_ratio,
     gini,
     group_shares,
     popularity_groups,
     shown_counts,
 )
-from recray.ranking.intervals import Intervals, clustered_means
+from recray.ranking.genres import Genres, dgu, genre_shares, mgu, without_genre
+from recray.ranking.intervals import Intervals, by_user, percentile_intervals, resampled_means
 from recray.ranking.metrics import hit_rate, ndcg, reciprocal_rank
 from recray.ranking.paired import FLIPS, holm, sign_flip_p_values
 from recray.ranking.slices import Slice
@@ -34,6 +36,13 @@ class Ranked(NamedTuple):
 
     ranks: NDArray[np.int64]  # [R]
     recommended: NDArray[np.int64]  # [R, K], best first, -1 where a row has fewer
+
+
+class Summaries(NamedTuple):
+    """What is shown of all rows."""
+
+    models: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
 
 
 class Settings(NamedTuple):
@@ -70,42 +79,28 @@ def measures(ranked: Ranked, popularity: NDArray[Any], ks: Sequence[int]) -> Mea
 
 
 def summaries(
-    ranked: dict[str, Ranked], users: NDArray[Any], popularity: NDArray[Any], settings: Settings
-) -> list[dict[str, Any]]:
-    """Return one object a model: measures as {value, low, high}, coverage and Gini of what is shown.
-
-    `coverage` and `gini` are those of the first items shown, over the whole catalogue; `@k` of the first k.
-    """
-    counted = {"rows": len(users), "users": len(np.unique(users))}
-    own = [measures(ranks, popularity, settings.ks) for ranks in ranked.values()]
-    found = []
-    for (model, ranks), by_name in zip(ranked.items(), _intervals(own, users, settings), strict=True):
-        reach = {}
-        for k in [1, *_kept(ranks, settings.ks)]:
-            at = "" if k == 1 else f"@{k}"
-            reach[f"coverage{at}"] = coverage(ranks.recommended, len(popularity), k)
-            reach[f"gini{at}"] = gini(shown_counts(ranks.recommended, len(popularity), k))
-        found.append({"model": model, **counted, **by_name, **reach})
-    return found
-
-
-def differences(
     ranked: dict[str, Ranked],
     pairs: Sequence[tuple[str, str]],
     users: NDArray[Any],
     popularity: NDArray[Any],
     settings: Settings,
-) -> list[dict[str, Any]]:
-    """Return one object a pair: `model` minus `minus` on the same rows, as {value, low, high} a measure."""
-    own = {
-        model: measures(ranked[model], popularity, settings.ks) for model in {each for pair in pairs for each in pair}
-    }
-    apart = [{name: own[first][name] - own[second][name] for name in own[first]} for first, second in pairs]
-    counted = {"rows": len(users), "users": len(np.unique(users))}
-    return [
-        {"model": first, "minus": second, **counted, **by_name}
-        for (first, second), by_name in zip(pairs, _intervals(apart, users, settings), strict=True)
+) -> Summaries:
+    """Return one object a model and one a pair, measures as {value, low, high}, all from one resampling of the users.
+
+    A pair is `model` minus `minus` on the same rows. `coverage`, `gini` and `div_ratio` of a model are those of the
+    first items shown, `@k` of the first k; coverage and Gini over the whole catalogue.
+    """
+    own = {model: measures(each, popularity, settings.ks) for model, each in ranked.items()}
+    found, counted = _resampled(own, users, settings)
+    models = [
+        {"model": model, **counted, **found[model].named(settings), **_reach(each, popularity, settings)}
+        for model, each in ranked.items()
     ]
+    apart = [
+        {"model": first, "minus": second, **counted, **found[first].minus(found[second]).named(settings)}
+        for first, second in pairs
+    ]
+    return Summaries(models, apart)
 
 
 def paired_tests(
@@ -130,16 +125,16 @@ def sliced(
 
     The interval resamples the users who have rows in the slice.
     """
-    found = []
+    codes = np.unique(users, return_inverse=True)[1]  # once: names are slow to sort
+    own = {model: rank_measures(each, settings.ks) for model, each in ranked.items()}
+    slices = []
     for part in parts:
-        own = [
-            rank_measures(Ranked(each.ranks[part.chosen], each.recommended), settings.ks) for each in ranked.values()
-        ]
-        theirs = users[part.chosen]
-        by_model = dict(zip(ranked, _intervals(own, theirs, settings), strict=True))
-        counted = {"rows": len(theirs), "of": len(users), "users": len(np.unique(theirs))}
-        found.append({"by": part.by, "slice": part.name, **counted, "models": by_model})
-    return found
+        there = {model: {name: column[part.chosen] for name, column in by.items()} for model, by in own.items()}
+        found, counted = _resampled(there, codes[part.chosen], settings)
+        counted = {"rows": counted["rows"], "of": len(users), "users": counted["users"]}
+        by_model = {model: each.named(settings) for model, each in found.items()}
+        slices.append({"by": part.by, "slice": part.name, **counted, "models": by_model})
+    return slices
 
 
 def band_hit_rates(
@@ -173,20 +168,87 @@ def exposure(ranked: dict[str, Ranked], targets: NDArray[Any], popularity: NDArr
     }
 
 
+def genre_exposure(
+    ranked: dict[str, Ranked], met: NDArray[Any], genres: Genres, ks: Sequence[int]
+) -> dict[str, Any] | None:
+    """Return how far each model's first k items are from the histories by genre; None where nobody met a genre.
+
+    Args:
+        ranked: of every model.
+        met: items of the histories of the same rows, end to end.
+        genres: of all items.
+        ks: how many of what is shown count; only as far as items were kept.
+    """
+    history = genre_shares(met, genres)
+    if np.isnan(history).any() or not genres.names:
+        return None
+    models: dict[str, list[dict[str, Any]]] = {model: [] for model in ranked}
+    for model, each in ranked.items():
+        for k in [k for k in ks if k <= each.recommended.shape[1]]:
+            first = each.recommended[:, :k]
+            shares = genre_shares(first, genres)
+            gap = {"mgu": _known(mgu(shares, history)), "dgu": _known(dgu(shares, history))}
+            shown = {"shown": int((first >= 0).sum()), "without_genre": without_genre(first, genres)}
+            models[model].append({"k": k, **gap, **shown, "shares": [_known(share) for share in shares]})
+    return {
+        "genres": genres.names,
+        "met": {"items": len(met), "without_genre": without_genre(met, genres), "shares": history.tolist()},
+        "catalogue": {"items": len(genres.has_one), "without_genre": int((~genres.has_one).sum())},
+        "models": models,
+    }
+
+
+def _reach(ranked: Ranked, popularity: NDArray[Any], settings: Settings) -> dict[str, float]:
+    """Return how much of the catalogue is shown, and how evenly."""
+    reach, num_items = {}, len(popularity)
+    for k in [1, *_kept(ranked, settings.ks)]:
+        at = "" if k == 1 else f"@{k}"
+        reach[f"coverage{at}"] = coverage(ranked.recommended, num_items, k)
+        reach[f"gini{at}"] = gini(shown_counts(ranked.recommended, num_items, k))
+        reach[f"div_ratio{at}"] = div_ratio(ranked.recommended, k)
+    return reach
+
+
 def _kept(ranked: Ranked, ks: Sequence[int]) -> list[int]:
     return [k for k in ks if 1 < k <= ranked.recommended.shape[1]]
 
 
-def _intervals(
-    found: Sequence[Measures], users: NDArray[Any], settings: Settings
-) -> list[dict[str, dict[str, float | None]]]:
-    """Return the measures of several models or pairs with their intervals, all from one resampling of the users."""
-    values = np.stack([column for own in found for column in own.values()], axis=1)
-    intervals = clustered_means(
-        values, users, samples=settings.samples, confidence=settings.confidence, seed=settings.seed
-    )
-    columns = iter(range(values.shape[1]))
-    return [{name: _at(intervals, next(columns)) for name in own} for own in found]
+class _Resampled(NamedTuple):
+    """Measures of one model or pair, and what the resamples of the users make of them."""
+
+    names: list[str]  # [M]
+    sums: NDArray[np.float64]  # [U, M] over each user's rows
+    mean: NDArray[np.float64]  # [M]
+    resamples: NDArray[np.float64]  # [S, M]
+
+    def minus(self, other: "_Resampled") -> "_Resampled":
+        """Return the differences, which need no resampling of their own."""
+        apart = self.sums - other.sums
+        # A product of matrices may add equal columns in another order: what is equal must not differ by a rounding.
+        differ = apart.any(axis=0)
+        return _Resampled(
+            self.names, apart, (self.mean - other.mean) * differ, (self.resamples - other.resamples) * differ
+        )
+
+    def named(self, settings: Settings) -> dict[str, dict[str, float | None]]:
+        """Return {value, low, high} a measure."""
+        intervals = percentile_intervals(self.mean, self.resamples, confidence=settings.confidence)
+        return {name: _at(intervals, column) for column, name in enumerate(self.names)}
+
+
+def _resampled(
+    own: dict[str, Measures], users: NDArray[Any], settings: Settings
+) -> tuple[dict[str, _Resampled], dict[str, int]]:
+    """Return the measures that all models have, from one resampling of the users, and how many rows and users."""
+    names = [name for name in next(iter(own.values())) if all(name in found for found in own.values())]
+    sums, rows_of_user = by_user(np.stack([found[name] for found in own.values() for name in names], axis=1), users)
+    mean = sums.sum(axis=0) / rows_of_user.sum()
+    resamples = resampled_means(sums, rows_of_user, samples=settings.samples, seed=settings.seed)
+    found = {}
+    for place, model in enumerate(own):
+        at = slice(place * len(names), (place + 1) * len(names))
+        found[model] = _Resampled(names, sums[:, at], mean[at], resamples[:, at])
+    return found, {"rows": len(users), "users": len(rows_of_user)}
 
 
 def _at(intervals: Intervals, column: int) -> dict[str, float | None]:

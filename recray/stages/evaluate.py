@@ -18,6 +18,7 @@ from recray.data.examples import sample_of
 from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.forms import Form, best_form, forms_of
+from recray.ranking.genres import Genres
 from recray.ranking.ragged import padded
 from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, lists, rank_rows, target_ranks
 from recray.ranking.slices import COLD, slices
@@ -25,8 +26,8 @@ from recray.ranking.summary import (
     Ranked,
     Settings,
     band_hit_rates,
-    differences,
     exposure,
+    genre_exposure,
     paired_tests,
     sliced,
     summaries,
@@ -280,26 +281,38 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
     part = job.part
     settings = Settings(part.ks, part.bootstrap_samples, part.confidence, job.seed)
     users = test["user_id"].to_numpy(zero_copy_only=False).astype(str)
-    metrics = summaries(ranked, users, popularity, settings)
+    found = summaries(ranked, PAIRS, users, popularity, settings)
     headline = _headline(part.ks)
     tests = paired_tests(ranked, PAIRS, users, headline, job.seed)
-    apart = differences(ranked, PAIRS, users, popularity, settings)
-    paired = [{**each, "test": test} for each, test in zip(apart, tests, strict=True)]
+    paired = [{**each, "test": test} for each, test in zip(found.pairs, tests, strict=True)]
     targets = test["target"].to_numpy()
     parts = sliced(ranked, slices(flat_lists(test["history"])[1], targets, popularity), users, settings)
-    bands = band_hit_rates(ranked, targets, popularity, headline)
-    job.out.write_json("metrics.json", metrics)
+    job.out.write_json("metrics.json", found.models)
     job.out.write_json("differences.json", paired)
     job.out.write_json("slices.json", parts)
-    job.out.write_json("exposure.json", {**exposure(ranked, targets, popularity), "bands": bands})
+    job.out.write_json("exposure.json", _exposure(job, ranked, test, popularity, headline))
     shown = f"ndcg@{headline}"
     job.out.facts |= {
         "test_rows": test.num_rows,
         "users": len(np.unique(users)),
         "targets never met in training": _on_cold(parts, shown, test.num_rows),
-        shown: {each["model"]: each[shown] for each in metrics},
+        shown: {each["model"]: each[shown] for each in found.models},
         f"{shown} differences": {f"{each['model']} - {each['minus']}": each[shown] for each in paired},
         "p after Holm": {f"{each['model']} - {each['minus']}": each["test"]["p_holm"] for each in paired},
+    }
+
+
+def _exposure(
+    job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDArray[np.int64], headline: int
+) -> dict[str, Any]:
+    """Return what is shown, by popularity and by genre."""
+    targets, met = test["target"].to_numpy(), flat_lists(test["history"])[0]
+    items = job.workspace.table("ingest", "items", columns=["item", "genres"]).sort_by("item")
+    genres = Genres.of(*flat_lists(items["genres"]))
+    return {
+        **exposure(ranked, targets, popularity),
+        "bands": band_hit_rates(ranked, targets, popularity, headline),
+        "genres": genre_exposure(ranked, met, genres, sorted({1, headline})),
     }
 
 

@@ -33,7 +33,7 @@ STAGES = {
         Stage("negatives", 1, ("ingest", "sequences")),
         Stage("reference", 1, ("ingest", "sequences", "sft", "negatives")),
         Stage("align", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
-        Stage("evaluate", 3, ("ingest", "sequences", "users", "sft", "align")),
+        Stage("evaluate", 4, ("ingest", "sequences", "users", "sft", "align")),
         Stage(
             "report",
             3,

@@ -10,6 +10,7 @@ from recray.ranking.exposure import (
     balance,
     bands,
     coverage,
+    div_ratio,
     gini,
     group_shares,
     popularity_groups,
@@ -34,6 +35,12 @@ def test_coverage_counts_distinct_items() -> None:
     recommended = np.array([[0, 1], [0, 2], [0, -1]])
     assert coverage(recommended, 5, 1) == pytest.approx(0.2)
     assert coverage(recommended, 5, 2) == pytest.approx(0.6)
+
+
+def test_div_ratio_is_of_all_places_not_of_the_catalogue() -> None:
+    recommended = np.array([[0, 1], [0, 2], [0, -1]])
+    assert div_ratio(recommended, 1) == pytest.approx(1 / 3)
+    assert div_ratio(recommended, 2) == pytest.approx(3 / 6)  # an empty place counts as a place
 
 
 def test_groups_follow_falling_popularity() -> None:
