@@ -56,6 +56,48 @@ class DotProducts(NamedTuple):
         return [self.item_vectors[items] @ vector for vector, items in zip(vectors, batch.candidates, strict=True)]
 
 
+def refuse_faulty(table: pa.Table, num_items: int, name: str) -> None:
+    """Raise `DataError` for the first row that no model can be judged by, naming it and its fault.
+
+    Faults are an item that the catalogue lacks, candidates that do not hold the target exactly once, and a missing
+    value. An empty history is none: every model has an answer to it.
+
+    Args:
+        table: rows of `schema.EVALUATION`, or those of its columns that are used.
+        num_items: items of the catalogue.
+        name: of the table, for the message.
+    """
+    for column in table.column_names:
+        if table[column].null_count:
+            raise _fault(table, pc.index(table[column].is_null(), True).as_py(), name, f"it has no {column}")
+    target = table["target"].to_numpy()
+    candidates, lengths = flat_lists(table["candidates"])
+    _refuse_unknown(table, "target", target, np.ones_like(target), num_items, name)
+    _refuse_unknown(table, "candidates", candidates, lengths, num_items, name)
+    _refuse_unknown(table, "history", *flat_lists(table["history"]), num_items, name)
+    place = np.repeat(np.arange(table.num_rows), lengths)
+    times = np.bincount(place[candidates == target[place]], minlength=table.num_rows)
+    if (times != 1).any():
+        wrong = int((times != 1).argmax())
+        raise _fault(table, wrong, name, f"its candidates hold the target {times[wrong]} times, expected once")
+
+
+def _refuse_unknown(
+    table: pa.Table, column: str, items: NDArray[Any], lengths: NDArray[Any], num_items: int, name: str
+) -> None:
+    known = (items >= 0) & (items < num_items)  # not where one is missing, which is NaN here
+    if not known.all():
+        first = int(known.argmin())
+        place = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
+        told = f"item {items[first]} of its {column} is unknown, the catalogue has items 0 to {num_items - 1}"
+        raise _fault(table, place, name, told)
+
+
+def _fault(table: pa.Table, place: int, name: str, told: str) -> DataError:
+    row = table["row"][place].as_py()
+    return DataError(f"{name}, row {row}: {told}; make the table again with `recray sequences --force sequences`")
+
+
 def batch_of(table: pa.Table) -> Batch:
     """Return the rows of a `schema.EVALUATION` table without their targets."""
     return Batch(table["row"].to_numpy(), lists(table["history"]), lists(table["candidates"]))

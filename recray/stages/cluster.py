@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from rich.logging import RichHandler
 
 from recray import errors
@@ -115,7 +115,8 @@ def log_lines() -> None:
 def own_error(error: BaseException) -> RecrayError | None:
     """Return the `RecrayError` at the bottom of what Ray wrapped around it, or None if there is none.
 
-    Ray Train hands a worker's error on as one failure a rank, Ray tasks as the cause, Ray Data as text alone.
+    Ray Train hands a worker's error on as one failure a rank, Ray tasks as the cause, Ray Data as text alone, and an
+    actor that could not be made as the text of its death.
     """
     seen: list[BaseException] = []
     waiting = [error]
@@ -124,7 +125,7 @@ def own_error(error: BaseException) -> RecrayError | None:
         # Ray's own wrapper is an instance of what it wraps, but its text is the worker's traceback.
         if isinstance(current, RecrayError) and not isinstance(current, RayTaskError):
             return current
-        if isinstance(current, RayTaskError) and (told := OWN_TEXT.search(str(current))):
+        if isinstance(current, RayTaskError | RayActorError) and (told := OWN_TEXT.search(str(current))):
             kind: type[RecrayError] = getattr(errors, told["kind"])
             return kind(told["message"])
         seen.append(current)

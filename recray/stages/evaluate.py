@@ -20,7 +20,17 @@ from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.forms import Form, best_form, forms_of
 from recray.ranking.genres import Genres
 from recray.ranking.ragged import padded
-from recray.ranking.rows import Batch, DotProducts, Scorer, batch_of, flat_lists, lists, rank_rows, target_ranks
+from recray.ranking.rows import (
+    Batch,
+    DotProducts,
+    Scorer,
+    batch_of,
+    flat_lists,
+    lists,
+    rank_rows,
+    refuse_faulty,
+    target_ranks,
+)
 from recray.ranking.slices import COLD, slices
 from recray.ranking.summary import (
     Ranked,
@@ -32,6 +42,7 @@ from recray.ranking.summary import (
     sliced,
     summaries,
 )
+from recray.ranking.validity import validity, written_rows
 from recray.stages.flow import Job
 from recray.workspace import Workspace
 
@@ -62,14 +73,14 @@ def run(job: Job) -> None:
     """Rank `sequences/test` with every model of `MODELS`, and sum up.
 
     Raises:
-        DataError: if there are no test rows, or a model did not rank each of them once.
+        DataError: if there are no test rows, one is faulty, or a model did not rank each of them once.
         ModelError: if a model can't be loaded or scores NaN.
     """
     training = _training(job.workspace)
-    test = job.workspace.table("sequences", "test", columns=["row", "user_id", "history", "target"])
-    test = test.sort_by("row")
+    test = job.workspace.table("sequences", "test").sort_by("row")
     if test.num_rows == 0:
         raise DataError("sequences/test has no rows, so there is nothing to evaluate; see sequences.test_fraction")
+    refuse_faulty(test, training.num_items, "sequences/test")
     seconds = {}
     for model in MODELS:
         started = time.monotonic()
@@ -79,6 +90,7 @@ def run(job: Job) -> None:
     ranked = {model.name: _ranked(job, model.name, test) for model in MODELS}
     job.out.counts["rows"] = test.num_rows * len(MODELS)
     job.out.facts["seconds"] = seconds
+    _write_freely(job, test)
     _sum_up(job, ranked, test, item_popularity(training.items, training.num_items))
 
 
@@ -110,6 +122,7 @@ MODELS = (
     Model("sft", _language_model("sft"), needs_accelerator=True),
     Model("aligned", _language_model("align"), needs_accelerator=True),
 )
+WRITERS = {"sft": "sft", "aligned": "align"}  # models that can write, and the stages that made them
 
 # What the run is judged by: the first minus the second, on the same rows. Every learned model against each baseline.
 PAIRS = (
@@ -146,6 +159,16 @@ class _Opened(NamedTuple):
     def of(cls, job: Job, stage: str) -> "_Opened":
         """Return what it takes under a job's settings."""
         return cls(job.workspace, stage, job.part.tokens_per_micro_batch, job.resources.threads_per_worker)
+
+    def writer(self) -> Any:
+        """Return the model as a `recray.lm.generate.Writer`."""
+        import torch
+
+        from recray.lm.generate import load_writer
+
+        torch.set_num_threads(self.threads)
+        folder = self.workspace.folder(self.stage, "model")
+        return load_writer(folder, tokens_per_micro_batch=self.tokens_per_micro_batch)
 
     def __call__(self) -> Any:
         """Return the model as a `recray.lm.scorer.LoadedScorer`."""
@@ -241,6 +264,60 @@ class RankRows:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the rows of `schema.RANKED_ROWS` for rows of `schema.EVALUATION`."""
         return rank_rows(table, self._scorer(batch_of(table)), model=self._model, keep=self._keep)
+
+
+class WriteRows:
+    """A replica of one language model that writes the next item of evaluation rows freely."""
+
+    def __init__(self, model: str, opened: _Opened) -> None:
+        self._model = model
+        self._write = opened.writer()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return the rows of `schema.WRITTEN_ROWS` for rows of `schema.EVALUATION`."""
+        batch = batch_of(table)
+        written = self._write(batch.histories, batch.candidates)
+        return written_rows(table, **written._asdict(), model=self._model)
+
+
+def _write_freely(job: Job, test: pa.Table) -> None:
+    """Write what language models make of a sample of the test rows when nothing holds them to the candidates."""
+    part: Evaluate = job.part
+    if not part.generate_rows:
+        return
+    rows = sample_of(test, part.generate_rows, job.seed)
+    settings = Settings(part.ks, part.bootstrap_samples, part.confidence, job.seed)
+    models = []
+    for model, stage in WRITERS.items():
+        started = time.monotonic()
+        written = _written(job, model, stage, rows)
+        found = validity(written, settings=settings)
+        template = job.workspace.json(stage, "model", "recray_prompt.json")["template"]
+        seconds = round(time.monotonic() - started, 1)
+        models.append({"model": model, "template": template, "seconds": seconds, **found})
+        logger.info("evaluate: %s wrote %d items freely in %.1f s", model, rows.num_rows, seconds)
+    job.out.counts["written"] = rows.num_rows * len(models)
+    job.out.facts["written freely"] = {
+        each["model"]: {name: each[name] for name in ("valid_ratio", "hr@1", "hr@1 of valid")} for each in models
+    }
+    job.out.write_json("generation.json", {"rows": rows.num_rows, "of": test.num_rows, "models": models})
+
+
+def _written(job: Job, model: str, stage: str, rows: pa.Table) -> pa.Table:
+    """Write one language model's texts beside those of the others, and return them in the order of the rows."""
+    at_once = min(ROWS_AT_ONCE, -(-rows.num_rows // job.resources.data_actors))
+    ray.data.from_arrow(rows).repartition(target_num_rows_per_block=at_once).map_batches(
+        WriteRows,
+        fn_constructor_args=(model, _Opened.of(job, stage)),
+        batch_format="pyarrow",
+        batch_size=at_once,
+        **_replicas(job.resources, accelerated=True),
+    ).write_parquet(job.out.path("written"), filesystem=job.out.fs)
+    every = pads.dataset(job.out.path("written"), filesystem=job.out.fs, format="parquet")
+    written = every.to_table(filter=pads.field("model") == model).sort_by("row")
+    if not written["row"].equals(rows["row"]):
+        raise DataError(f"{model} wrote {written.num_rows} texts for {rows.num_rows} rows, each of them to have one")
+    return written
 
 
 def _training(workspace: Workspace) -> Training:

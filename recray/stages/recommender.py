@@ -19,6 +19,7 @@ from recray.errors import WorkspaceError
 from recray.lm.load import Model, load_model, open_catalogue, open_recommender, save_model, stored_dtype
 from recray.lm.lora import add_adapter, merge_adapter, save_adapter
 from recray.lm.scorer import ItemScorer
+from recray.ranking.rows import refuse_faulty
 from recray.stages.fitting import Feed, Fitted, log_folder
 from recray.train.engine import Engine, kept_names, make_engine
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
@@ -64,7 +65,9 @@ def engine_of(model: Model, optimiser: Optimiser) -> Engine:
 
 def validation_rows(workspace: Workspace, count: int, seed: int) -> ValidationRows:
     """Return a seeded sample of the validation split; the same for every stage of a run."""
-    table = sample_of(workspace.table("sequences", "validation"), count, seed)
+    table = workspace.table("sequences", "validation")
+    refuse_faulty(table, workspace.require("ingest").counts["items"], "sequences/validation")
+    table = sample_of(table, count, seed)
     return ValidationRows(
         histories=list_arrays(table["history"]),
         targets=table["target"].to_numpy().astype(np.int64),

@@ -1,5 +1,7 @@
 """Evaluation rows to ranked rows, and the vectors that score them."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from recray import schema
 from recray.errors import DataError, ModelError
 from recray.ranking.ragged import concatenated, padded
-from recray.ranking.rows import Batch, DotProducts, batch_of, flat_lists, lists, rank_rows
+from recray.ranking.rows import Batch, DotProducts, batch_of, flat_lists, lists, rank_rows, refuse_faulty
 
 
 def _table(rows: list[tuple[int, list[int], int, list[int]]]) -> pa.Table:
@@ -64,6 +66,30 @@ def test_the_target_must_be_a_candidate_once(candidates: list[int], times: int) 
     table = _table([(1, [], 3, [3, 4]), (2, [], 5, candidates)])
     with pytest.raises(DataError, match=f"row 2: .*target {times} times"):
         rank_rows(table, [np.zeros(2), np.zeros(2)], model="m", keep=2)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (([1], 5, [4, 6]), "its candidates hold the target 0 times, expected once"),
+        (([1], 5, []), "its candidates hold the target 0 times, expected once"),
+        (([1], 5, [5, 4, 5]), "its candidates hold the target 2 times, expected once"),
+        (([1, 7], 5, [4, 5]), "item 7 of its history is unknown, the catalogue has items 0 to 6"),
+        (([1], 7, [7, 5]), "item 7 of its target is unknown"),
+        (([1], 5, [5, -1]), "item -1 of its candidates is unknown"),
+        (([1], 5, [5, None]), "item nan of its candidates is unknown"),
+        ((None, 5, [5]), "it has no history"),
+        (([1], None, [5]), "it has no target"),
+        (([1], 5, None), "it has no candidates"),
+    ],
+)
+def test_a_row_that_no_model_can_be_judged_by_is_named(row: Any, fault: str) -> None:
+    sound: Any = [(9, [], 2, [2, 3]), (8, [6, 6], 0, [0])]
+    refuse_faulty(_table(sound), 7, "sequences/test")
+    for place in range(3):
+        rows = [*sound[:place], (12, *row), *sound[place:]]
+        with pytest.raises(DataError, match=f"sequences/test, row 12: {fault}.*; make the table again"):
+            refuse_faulty(_table(rows), 7, "sequences/test")
 
 
 def test_a_batch_holds_no_target() -> None:

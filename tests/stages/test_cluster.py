@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from recray.config import Resources
-from recray.errors import ConfigError, DataError, ModelError, RecrayError
+from recray.errors import CatalogueError, ConfigError, DataError, ModelError, RecrayError
 from recray.stages import cluster
 
 
@@ -99,6 +99,16 @@ def broken_batch(batch: dict[str, object]) -> dict[str, object]:
     raise DataError("file a.csv, row 3: no user")
 
 
+class BrokenReplica:
+    """A model that can't be opened."""
+
+    def __init__(self) -> None:
+        raise CatalogueError("trained with catalogue 1, but these items are 2; train again")
+
+    def __call__(self, batch: dict[str, object]) -> dict[str, object]:
+        return batch
+
+
 @ray.remote
 def broken_task() -> None:
     raise ModelError("no such model")
@@ -116,6 +126,15 @@ def test_an_error_of_a_worker_is_found_in_what_ray_makes_of_it() -> None:
     own = cluster.own_error(caught.value)
     assert type(own) is ModelError
     assert str(own) == "no such model"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_of_a_replica_that_can_not_be_made_is_found() -> None:
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.data.range(4).map_batches(BrokenReplica, compute=ray.data.ActorPoolStrategy(size=1)).materialize()
+    own = cluster.own_error(caught.value)
+    assert type(own) is CatalogueError
+    assert str(own) == "trained with catalogue 1, but these items are 2; train again"
 
 
 class Failures(Exception):

@@ -1,30 +1,39 @@
 """The evaluate stage on a tiny workspace: Ray Data, counting models, vectors, and small language models."""
 
 import json
+import re
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
 from recray import schema
 from recray.config import Evaluate, Pipeline, Resources
 from recray.data.catalogue import Catalogue
+from recray.data.examples import sample_of
 from recray.data.prompts import find_template
 from recray.data.tokenizer import train_tokenizer
-from recray.errors import DataError
+from recray.errors import CatalogueError, DataError, WorkspaceError
+from recray.lm.generate import load_writer
 from recray.lm.load import make_model, save_model
 from recray.lm.scorer import LoadedScorer
 from recray.ranking.forms import Form, forms_of
 from recray.ranking.metrics import ndcg, ranks
 from recray.ranking.paired import holm, sign_flip_p_values
 from recray.ranking.rows import batch_of, lists, rank_rows, target_ranks
+from recray.ranking.summary import Settings
+from recray.ranking.validity import validity
 from recray.stages import evaluate
-from recray.stages.flow import Job
+from recray.stages.cluster import own_error
+from recray.stages.flow import Job, run_stages
 from recray.workspace import Workspace
 
 ITEMS, TEST_ROWS, USERS, DIM = 30, 40, 12, 4
+WRITTEN = 15  # test rows for which language models write freely
 FORMS = forms_of("validation", Evaluate().prior_weights)
 LABELS = [f"The {name} {number}" for number in range(6) for name in ("River", "Stone", "Garden", "Night", "Door")]
 
@@ -103,7 +112,7 @@ def evaluated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Wo
     folder = tmp_path_factory.mktemp("evaluate")
     workspace = Workspace(str(folder / "workspace"))
     _fill(workspace, folder, _evaluation(np.random.default_rng(0)))
-    _run(workspace, Evaluate(ks=(1, 3, 10), bootstrap_samples=200, keep_ranked=3))
+    _run(workspace, Evaluate(ks=(1, 3, 10), bootstrap_samples=200, keep_ranked=3, generate_rows=WRITTEN))
     return workspace
 
 
@@ -114,7 +123,7 @@ def test_every_model_ranks_every_row_once(evaluated: Workspace) -> None:
     found = sorted(zip(rows["model"].to_pylist(), rows["row"].to_pylist(), strict=True))
     models = ["popularity", "cooccurrence", "sasrec", "sft", "aligned"]
     assert found == sorted((model, row) for model in models for row in test["row"].to_pylist())
-    assert evaluated.require("evaluate").counts == {"rows": 5 * TEST_ROWS}
+    assert evaluated.require("evaluate").counts == {"rows": 5 * TEST_ROWS, "written": 2 * WRITTEN}
 
 
 def test_ranks_are_those_of_each_models_own_scores(evaluated: Workspace) -> None:
@@ -221,6 +230,23 @@ def test_slices_hold_every_row_and_cold_targets_are_a_fact(evaluated: Workspace)
     assert fact["ndcg@10 aligned"]["value"] == pytest.approx(expected)
 
 
+def test_language_models_write_freely_for_a_sample(evaluated: Workspace) -> None:
+    sampled = sample_of(evaluated.table("sequences", "test"), WRITTEN, seed=3)
+    written = evaluated.table("evaluate", "written")
+    assert written.schema.equals(schema.WRITTEN_ROWS)
+    summed_up = evaluated.json("evaluate", "generation.json")
+    assert (summed_up["rows"], summed_up["of"]) == (WRITTEN, TEST_ROWS)
+    for found, (model, stage) in zip(summed_up["models"], evaluate.WRITERS.items(), strict=True):
+        own = written.filter(pc.field("model") == model).sort_by("row")
+        assert own["row"].to_pylist() == sampled["row"].to_pylist()
+        batch = batch_of(sampled)
+        alone = load_writer(evaluated.folder(stage, "model"), tokens_per_micro_batch=1)
+        assert own["text"].to_pylist() == alone(batch.histories, batch.candidates).texts
+        expected = validity(own, settings=Settings((1,), samples=200, confidence=0.95, seed=3))
+        assert found.items() >= {"model": model, "template": "titles", **expected}.items()
+        assert evaluated.require("evaluate").facts["written freely"][model]["hr@1"] == found["hr@1"]
+
+
 def test_exposure_and_facts_are_json(evaluated: Workspace) -> None:
     exposure = evaluated.json("evaluate", "exposure.json")
     assert all(sum(shares) == pytest.approx(1.0) for shares in exposure["models"].values())
@@ -234,7 +260,58 @@ def test_no_test_rows_is_an_error_that_leaves_nothing(workspace: Workspace, tmp_
     _fill(workspace, tmp_path, schema.EVALUATION.empty_table())
     with pytest.raises(DataError, match="no rows"):
         _run(workspace, Evaluate())
-    assert not workspace.exists("evaluate")
+    assert left_of_evaluate(workspace) == []
+
+
+def left_of_evaluate(workspace: Workspace) -> list[str]:
+    return [path for path in ("evaluate", ".partial/evaluate") if workspace.exists(path)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("candidates", [], "its candidates hold the target 0 times, expected once"),
+        ("candidates", [4, 5, 4], "its candidates hold the target 2 times, expected once"),
+        ("candidates", [4, ITEMS], "item 30 of its candidates is unknown, the catalogue has items 0 to 29"),
+        ("history", [ITEMS], "item 30 of its history is unknown"),
+        ("target", -1, "item -1 of its target is unknown"),
+        ("history", None, "it has no history"),
+    ],
+)
+def test_a_faulty_row_is_refused_before_any_model_is_opened(
+    column: str, value: object, message: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    rows = _evaluation(np.random.default_rng(0)).to_pylist()
+    rows[9] |= {"target": 4, "candidates": [4, 5]}
+    rows[9][column] = value
+    _fill(workspace, tmp_path, pa.Table.from_pylist(rows, schema=schema.EVALUATION))
+    with pytest.raises(DataError, match=f"sequences/test, row 66: {message}"):
+        _run(workspace, Evaluate())  # no Ray runs here, so nothing can have been ranked
+    assert left_of_evaluate(workspace) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_with_another_tokenizer_is_refused_and_leaves_nothing(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fill(workspace, tmp_path, _evaluation(np.random.default_rng(0)))
+    train_tokenizer(["Another book"], 280).save_pretrained(workspace.folder("sft", "model"))
+    monkeypatch.setattr(evaluate, "MODELS", tuple(model for model in evaluate.MODELS if model.name == "sft"))
+    with pytest.raises(Exception, match="CatalogueError") as caught:
+        _run(workspace, Evaluate(score="summed"))
+    told = own_error(caught.value)
+    assert isinstance(told, CatalogueError)
+    assert re.search(r"was trained with catalogue \w{16}.*, or train again$", str(told))
+    assert left_of_evaluate(workspace) == []
+
+
+def test_an_unfinished_run_is_not_evaluated(prepared: Workspace, tiny_pipeline: Pipeline, tmp_path: Path) -> None:
+    copy = Workspace(str(tmp_path / "copy"))
+    copytree(prepared.root, copy.root)
+    copytree(_model_folder(tmp_path / "model", seed=0), copy.path("sft", "model"))  # all there but the manifest
+    with pytest.raises(WorkspaceError, match="holds no finished `sft`; run `recray sft`"):
+        run_stages(tiny_pipeline, copy, ("evaluate",), force=frozenset())
+    assert left_of_evaluate(copy) == []
 
 
 @pytest.mark.parametrize("kept", [[*range(1, TEST_ROWS)], [*range(TEST_ROWS), 0]], ids=["lost", "twice"])
