@@ -104,7 +104,7 @@ def write_tokens(
     """Return the tokens that a `greedy` model writes after each prompt, up to the end token, which is kept.
 
     Prompts are filled up on the left to the longest of their group; a group's prompts and texts keep to the budget of
-    tokens. A model that shares no prompt carries a state over padding, or counts it as places: it gets one row at a
+    tokens. A model that shares no prompt may carry a state over padding, or count it as places: it gets one row at a
     time. A row alone and in company writes the same, unless two tokens are as likely to within rounding.
     """
     longest = int(catalogue.item_lengths.max())

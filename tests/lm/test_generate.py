@@ -121,6 +121,10 @@ def test_groups_keep_to_the_budget(
     assert sum(height for height, _ in shapes) == 12
     assert max(height for height, _ in shapes) > 1
     assert all(height * width <= 120 or height == 1 for height, width in shapes)
+    shapes.clear()
+    catalogue.shares_prompt = False
+    write_tokens(model, catalogue, prompts, tokens_per_micro_batch=10**6)
+    assert [height for height, _ in shapes] == [1] * 12
 
 
 def test_a_model_that_packs_by_flex_attention_writes_the_same(
