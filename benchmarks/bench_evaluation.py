@@ -134,7 +134,7 @@ def measured(world: World, part: Evaluate) -> dict[str, Any]:
 def _exposure(world: World) -> None:
     exposure(world.ranked, world.targets, world.popularity)
     band_hit_rates(world.ranked, world.targets, world.popularity, HEADLINE)
-    genre_exposure(world.ranked, world.met, world.genres, (1, HEADLINE))
+    genre_exposure(world.ranked, world.met, world.targets, world.genres, (1, HEADLINE))
 
 
 def _one_by_one(world: World, settings: Settings) -> None:
@@ -148,7 +148,7 @@ def _one_by_one(world: World, settings: Settings) -> None:
 def _seconds(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
-    return round(time.perf_counter() - started, 2)
+    return round(time.perf_counter() - started, 3)
 
 
 def write(report: dict[str, Any], folder: Path) -> None:

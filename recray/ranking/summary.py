@@ -169,31 +169,36 @@ def exposure(ranked: dict[str, Ranked], targets: NDArray[Any], popularity: NDArr
 
 
 def genre_exposure(
-    ranked: dict[str, Ranked], met: NDArray[Any], genres: Genres, ks: Sequence[int]
+    ranked: dict[str, Ranked], met: NDArray[Any], targets: NDArray[Any], genres: Genres, ks: Sequence[int]
 ) -> dict[str, Any] | None:
     """Return how far each model's first k items are from the histories by genre; None where nobody met a genre.
 
     Args:
         ranked: of every model.
         met: items of the histories of the same rows, end to end.
+        targets: [R] what people chose: what a model that is always right shows first, so its gap is not zero.
         genres: of all items.
         ks: how many of what is shown count; only as far as items were kept.
     """
     history = genre_shares(met, genres)
     if np.isnan(history).any() or not genres.names:
         return None
-    models: dict[str, list[dict[str, Any]]] = {model: [] for model in ranked}
-    for model, each in ranked.items():
-        for k in [k for k in ks if k <= each.recommended.shape[1]]:
-            first = each.recommended[:, :k]
-            shares = genre_shares(first, genres)
-            gap = {"mgu": _known(mgu(shares, history)), "dgu": _known(dgu(shares, history))}
-            shown = {"shown": int((first >= 0).sum()), "without_genre": without_genre(first, genres)}
-            models[model].append({"k": k, **gap, **shown, "shares": [_known(share) for share in shares]})
+
+    def beside(items: NDArray[Any]) -> dict[str, Any]:
+        shares = genre_shares(items, genres)
+        gap = {"mgu": _known(mgu(shares, history)), "dgu": _known(dgu(shares, history))}
+        left_out = {"items": int((items >= 0).sum()), "without_genre": without_genre(items, genres)}
+        return {**gap, **left_out, "shares": [_known(share) for share in shares]}
+
+    models = {
+        model: [{"k": k, **beside(each.recommended[:, :k])} for k in ks if k <= each.recommended.shape[1]]
+        for model, each in ranked.items()
+    }
     return {
         "genres": genres.names,
         "met": {"items": len(met), "without_genre": without_genre(met, genres), "shares": history.tolist()},
         "catalogue": {"items": len(genres.has_one), "without_genre": int((~genres.has_one).sum())},
+        "chosen": beside(targets),
         "models": models,
     }
 

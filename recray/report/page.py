@@ -11,10 +11,18 @@ from markupsafe import Markup
 
 from recray.ranking.verdicts import leaks
 from recray.report import plots, tables
+from recray.report.accounts import accounts, rankings, tokens_per_s
 from recray.report.findings import audit_sentence, cold_sentence, findings, summary
+from recray.report.variety import shown_ks, varieties
 from recray.workspace import Manifest
 
 MOST_FACTS = 24  # of a stage, on the page; the manifest has them all
+
+# Facts that the page shows in a table of their own, by the start of their names.
+SHOWN_APART = {
+    "audit": ("hr@1", "facts", "leaks"),
+    "evaluate": ("ndcg@", "p after Holm", "targets never met", "seconds"),
+}
 
 FIT_NAMES = {"users": "SASRec", "sft": "Supervised fine-tuning", "align": "Alignment"}
 
@@ -57,6 +65,7 @@ class Contents:
     differences: Sequence[tables.Entry] = ()
     exposure: Mapping[str, Any] | None = None
     slices: Sequence[tables.Entry] = ()  # `evaluate/slices.json`
+    generation: Mapping[str, Any] | None = None  # `evaluate/generation.json`
     audit: Sequence[Mapping[str, Any]] = ()  # rows of `schema.AUDIT`
     audit_facts: Sequence[Mapping[str, Any]] = ()  # `audit/facts.json`
     fits: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # metrics lines by stage
@@ -85,8 +94,8 @@ def render(contents: Contents) -> str:
         "model": tables.model_name,
         "measure": tables.measure_name,
     }
-    template = environment.get_template("page.html")
-    return template.render(
+    genres = None if contents.exposure is None else contents.exposure.get("genres")
+    return environment.get_template("page.html").render(
         contents=contents,
         summary=summary(contents.metrics, contents.differences, confidence=contents.confidence),
         findings=findings(contents.differences, confidence=contents.confidence),
@@ -95,10 +104,16 @@ def render(contents: Contents) -> str:
         cold=cold_sentence(contents.slices),
         slice_measure=tables.slice_measure(contents.slices),
         bands=None if contents.exposure is None else contents.exposure.get("bands"),
+        genres=genres,
+        variety_ks=shown_ks(contents.metrics, genres),
+        varieties=varieties(contents.metrics, genres),
+        scores=_scores(contents.manifests),
         measures=_table_measures(contents.metrics),
         pictures=_pictures(contents),
         fits=_fits(contents),
-        stages=_stages(contents.manifests),
+        accounts=accounts(contents.manifests),
+        rankings=rankings(contents.manifests),
+        stages=_stages(contents),
         total_seconds=sum(manifest.seconds for manifest in contents.manifests.values()),
         versions=_versions(contents.manifests),
         configuration=json.dumps(contents.pipeline, indent=2, ensure_ascii=False),
@@ -129,7 +144,7 @@ def _text(value: Any) -> str:
         return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}".replace("-", "−")
     if isinstance(value, list):
         texts = [_text(each) for each in value[:6]]
-        return ", ".join(texts) + (f", … ({len(value)} in all)" if len(value) > 6 else "")
+        return ", ".join(texts) + (f", … ({len(value)} in all)" if len(value) > 6 else "") or "–"
     return str(value)
 
 
@@ -160,17 +175,31 @@ def _fits(contents: Contents) -> list[tuple[str, list[tuple[str, Markup]]]]:
     return found
 
 
-def _stages(manifests: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+def _scores(manifests: Mapping[str, Manifest]) -> list[tuple[str, str]]:
+    """Return (model, form of the score it ranks by) of the language models, where evaluate chose one."""
+    chosen = manifests["evaluate"].facts.get("score", {}) if "evaluate" in manifests else {}
+    names = {"sft": "sft", "align": "aligned"}
+    return [(tables.model_name(names.get(stage, stage)), _words(each["chosen"])) for stage, each in chosen.items()]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _stages(contents: Contents) -> list[dict[str, Any]]:
+    manifests = contents.manifests
     longest = max((manifest.seconds for manifest in manifests.values()), default=0.0)
     stages = []
     for name, manifest in manifests.items():
-        facts = flat_facts(manifest.facts)
+        apart = SHOWN_APART.get(name, ())
+        facts = flat_facts({fact: value for fact, value in manifest.facts.items() if not fact.startswith(apart)})
         stages.append(
             {
                 "name": name,
-                "reads": [(source, manifests[source].counts) for source in manifest.inputs if source in manifests],
+                "reads": [source for source in manifest.inputs if source in manifests],
                 "counts": manifest.counts,
                 "seconds": manifest.seconds,
+                "tokens_per_s": tokens_per_s(contents.fits.get(name, ())),
                 "share": 100 * manifest.seconds / longest if longest else 0.0,
                 "facts": facts[:MOST_FACTS],
                 "more_facts": max(0, len(facts) - MOST_FACTS),

@@ -89,6 +89,7 @@ TOGETHER = (
     ("Loss", ("train loss",)),
     ("Loss", ("loss",)),
     ("Validation ranking", ("validation hr@1", "validation ndcg@10", "validation mrr")),
+    ("Validation HR@10", ("validation hr@10",)),
     ("Validation ranking", ("validation_hr@1", "validation_hr@10", "validation_ndcg@10", "validation_mrr")),
     ("Rewards, nats", ("train positive_reward", "train negative_reward")),
     ("Margin", ("train margin",)),

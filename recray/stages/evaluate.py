@@ -389,7 +389,7 @@ def _exposure(
     return {
         **exposure(ranked, targets, popularity),
         "bands": band_hit_rates(ranked, targets, popularity, headline),
-        "genres": genre_exposure(ranked, met, genres, sorted({1, headline})),
+        "genres": genre_exposure(ranked, met, targets, genres, sorted({1, headline})),
     }
 
 

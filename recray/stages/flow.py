@@ -36,7 +36,7 @@ STAGES = {
         Stage("evaluate", 4, ("ingest", "sequences", "users", "sft", "align")),
         Stage(
             "report",
-            3,
+            4,
             ("ingest", "sequences", "audit", "users", "sft", "negatives", "reference", "align", "evaluate"),
         ),
         Stage("tune", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),

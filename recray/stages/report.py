@@ -39,6 +39,7 @@ def run(job: Job) -> None:
         differences=workspace.json("evaluate", "differences.json"),
         exposure=workspace.json("evaluate", "exposure.json"),
         slices=workspace.json("evaluate", "slices.json"),
+        generation=_generation(workspace),
         **_audit(workspace),
         fits={stage: _lines(workspace, stage) for stage in ("users", "sft", "align")},
         examples=_examples(workspace, job.part.examples, job.seed),
@@ -64,6 +65,14 @@ def _audit(workspace: Workspace) -> dict[str, Any]:
         return {}
     rules = workspace.table("audit", "rules").to_pylist()
     return {"audit": rules, "audit_facts": workspace.json("audit", "facts.json")}
+
+
+def _generation(workspace: Workspace) -> Mapping[str, Any] | None:
+    """Return what free generation came to; None where nothing was written."""
+    if not workspace.exists("evaluate", "generation.json"):
+        return None
+    found: Mapping[str, Any] = workspace.json("evaluate", "generation.json")
+    return found
 
 
 def _manifests(workspace: Workspace) -> dict[str, Any]:

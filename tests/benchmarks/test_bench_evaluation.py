@@ -15,7 +15,7 @@ def test_a_made_world_is_measured_and_written(tmp_path: Path) -> None:
     assert times.max() > 5 * np.median(times)
     row = bench.measured(world, Evaluate(bootstrap_samples=20))
     assert (row["rows"], row["users"], row["largest_user"]) == (300, 90, times.max())
-    assert row["all_s"] >= row["tests_s"] > 0
+    assert row["all_s"] > row["slices_s"] > 0
     assert len(bench.PAIRS) == 8
     report = {
         "hardware": "here",

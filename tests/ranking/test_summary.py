@@ -98,14 +98,14 @@ GENRES = Genres.of(np.array(["a", "b", "b", "c", "a"]), np.array([2, 1, 2, 0]))
 
 def test_genres_of_what_is_shown_beside_those_of_the_histories() -> None:
     met = np.array([0, 0, 1, 3])  # a 1, b 2, c 0 of three that have a genre
-    found = genre_exposure({"one": FIRST, "two": SECOND}, met, GENRES, (1, 2, 5))
+    found = genre_exposure({"one": FIRST, "two": SECOND}, met, np.array([2, 3, 0]), GENRES, (1, 2, 5))
     assert found is not None
     assert found["genres"] == ["a", "b", "c"]
     assert found["met"] == {"items": 4, "without_genre": 1, "shares": pytest.approx([1 / 3, 2 / 3, 0])}
     assert found["catalogue"] == {"items": 4, "without_genre": 1}
     first, both = found["models"]["one"]
     # Shown first: 0, 1, 0, so a 1, b 2: as the histories.
-    assert (first["k"], first["shown"], first["without_genre"]) == (1, 3, 0)
+    assert (first["k"], first["items"], first["without_genre"]) == (1, 3, 0)
     assert (first["mgu"], first["dgu"]) == (pytest.approx(0.0), pytest.approx(0.0))
     # The first two: 0 1, 1 0, 0 2, so a 2, b 3.5, c 0.5 of six.
     assert both["shares"] == pytest.approx([2 / 6, 3.5 / 6, 0.5 / 6])
@@ -114,12 +114,15 @@ def test_genres_of_what_is_shown_beside_those_of_the_histories() -> None:
     assert [each["k"] for each in found["models"]["one"]] == [1, 2]  # two items a row were kept
     nothing, known = found["models"]["two"]  # shows an item without genre first, always
     assert (nothing["mgu"], nothing["dgu"], nothing["without_genre"]) == (None, None, 3)
-    assert (known["shown"], known["without_genre"]) == (5, 3)
+    assert (known["items"], known["without_genre"]) == (5, 3)
+    # Chosen: 2 and 0, so a 1, b 0.5, c 0.5 of two, and one item without genre.
+    assert found["chosen"]["mgu"] == pytest.approx((abs(1 / 2 - 1 / 3) + abs(1 / 4 - 2 / 3) + 1 / 4) / 3)
+    assert (found["chosen"]["items"], found["chosen"]["without_genre"]) == (3, 1)
     json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize("met", [[], [3, 3]], ids=["no histories", "none with a genre"])
 def test_without_genres_there_is_nothing_to_compare(met: list[int]) -> None:
-    assert genre_exposure({"one": FIRST}, np.array(met, dtype=np.int64), GENRES, (1,)) is None
+    assert genre_exposure({"one": FIRST}, np.array(met, dtype=np.int64), np.array([0]), GENRES, (1,)) is None
     none = Genres.of(np.array([]), np.zeros(4, dtype=np.int64))
-    assert genre_exposure({"one": FIRST}, np.array([0, 1]), none, (1,)) is None
+    assert genre_exposure({"one": FIRST}, np.array([0, 1]), np.array([0]), none, (1,)) is None

@@ -1,6 +1,7 @@
 """The page stands alone, escapes what users wrote, and copes with a run that is only half there."""
 
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,8 @@ from typing import Any
 import pytest
 
 from recray.report import plots
-from recray.report.page import Column, Contents, Example, Shown, flat_facts, render
+from recray.report.page import Contents, flat_facts, render
 from recray.workspace import Manifest
-
-HOSTILE = "<script>alert('x')</script> & \"Co\""
 
 
 class Reader(HTMLParser):
@@ -47,77 +46,6 @@ def _interval(value: float) -> dict[str, float | None]:
     return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
 
-def _manifest(stage: str, **changes: Any) -> Manifest:
-    settings: dict[str, Any] = {
-        "stage": stage,
-        "version": 1,
-        "fingerprint": "0123456789abcdef",
-        "part": {},
-        "seed": 5,
-        "inputs": {"ingest": "ab"},
-        "counts": {"train": 1234},
-        "facts": {"reasons": {"duplicate": 7}, "note": HOSTILE},
-        "seconds": 12.5,
-        "finished": "2026-02-03T04:05:06Z",
-        "versions": {"recray": "0.1.0", "ray": "2.60.0"},
-    }
-    return Manifest(**{**settings, **changes})
-
-
-def _contents() -> Contents:
-    names = ("hr@1", "ndcg@1", "ndcg@10", "mrr", "average_popularity")
-    metrics = [
-        {"model": model, "rows": 90, "users": 9, "coverage": 0.5, **{name: _interval(0.3) for name in names}}
-        for model in plots.MODELS
-    ]
-    shares = [0.2, 0.2, 0.2, 0.2, 0.2]
-    return Contents(
-        name="demo",
-        manifests={"ingest": _manifest("ingest", inputs={"data": "x"}), "sft": _manifest("sft")},
-        metrics=metrics,
-        differences=[
-            {
-                "model": "aligned",
-                "minus": "sft",
-                "rows": 90,
-                "users": 9,
-                "ndcg@10": _interval(0.0),
-                "test": {"measure": "ndcg@10", "comparisons": 1, "flips": 9999, "p": 0.0004, "p_holm": 0.0321},
-            }
-        ],
-        exposure={
-            "groups": ["a", "b", "c", "d", "e"],
-            "models": {"sft": shares},
-            "chosen": shares,
-            "chosen_average_popularity": 3.0,
-            "bands": {
-                "k": 10,
-                "bands": ["head", "mid", "tail"],
-                "items": [1, 2, 3],
-                "rows": [40, 50, 0],
-                "models": {"sft": {"hit_rates": [0.7654, 0.1, None], "balance": None}},
-            },
-        },
-        slices=[
-            {
-                "by": "target in training",
-                "slice": "never met",
-                "rows": 23,
-                "of": 90,
-                "users": 1,
-                "models": {"sft": {"ndcg@10": {"value": 0.4321, "low": None, "high": None}}},
-            }
-        ],
-        fits={
-            "users": [{"pass": 1, "loss": 2.0}, {"pass": 2, "loss": 1.0}],
-            "sft": [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "train", "step": 2, "loss": 1.0}],
-            "align": [],
-        },
-        examples=[Example("u", ["One", HOSTILE], HOSTILE, 20, [Column("sft", 1, [Shown(HOSTILE, True)])])],
-        pipeline={"name": "demo", "seed": 5, "ingest": {"data": "</pre>logs"}},
-    )
-
-
 def _read(page: str) -> Reader:
     reader = Reader()
     reader.feed(page)
@@ -126,8 +54,8 @@ def _read(page: str) -> Reader:
     return reader
 
 
-def test_whole_page_shows_everything() -> None:
-    page = render(_contents())
+def test_whole_page_shows_everything(contents: Contents) -> None:
+    page = render(contents)
     text = " ".join(" ".join(_read(page).text).split())
     for part in (
         "demo",
@@ -150,21 +78,36 @@ def test_whole_page_shows_everything() -> None:
         '"seed": 5',
     ):
         assert part in text, part
+    for row in (
+        "ingest rows of the logs 5,000 4,321 600 rejected, 79 repeated",
+        "sequences training interactions 3,421 3,400 21 of users below two",
+        "sequences test targets 900 90 10 without history, 800 beyond targets per user",
+        "evaluate test rows, by each model 180 180 none",
+        "SFT 45.0 2.0",  # seconds, rows a second
+        "sft ingest train 1,234 2,000 12.5",  # tokens a second: the median
+        "SFT 0.457 0.125 0.012 0.079 0.046 0.046 Comedy +0.150 <script>",  # DivRatio, MGU, DGU at 1 and 10
+        "1 of 6 items of the catalogue, 31 of 700 in the histories",
+        "Aligned prior-corrected 0.5.",
+        "60 of 90 test rows",
+        "SFT 0.500 0.480–0.520 0.500 0.480–0.520 0.500 0.480–0.520 – ––– “<script>",  # ValidRatio, …, of no valid row
+    ):
+        assert row in text, row
+    assert "not accounted for" not in text
     assert "NDCG@1 " not in text  # it is HR@1
     assert "Alignment" not in text  # no lines, no heading
 
 
-def test_titles_and_facts_are_escaped() -> None:
-    page = render(_contents())
+def test_titles_and_facts_are_escaped(contents: Contents, hostile: str) -> None:
+    page = render(contents)
     reader = _read(page)
     assert "script" not in reader.tags
     assert "<script" not in page
-    assert HOSTILE in "".join(reader.text)
+    assert hostile in "".join(reader.text)
     assert "</pre>logs" in "".join(reader.text)
 
 
-def test_nothing_is_loaded_from_elsewhere() -> None:
-    page = render(_contents())
+def test_nothing_is_loaded_from_elsewhere(contents: Contents) -> None:
+    page = render(contents)
     reader = _read(page)
     assert not {"script", "link", "img", "iframe", "object", "image", "base"} & set(reader.tags)
     for name, value in reader.attributes:
@@ -176,8 +119,8 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     assert all(found.startswith("#") for found in re.findall(r"url\(([^)]*)\)", page))
 
 
-def test_ids_are_unique() -> None:
-    ids = [value for name, value in _read(render(_contents())).attributes if name == "id"]
+def test_ids_are_unique(contents: Contents) -> None:
+    ids = [value for name, value in _read(render(contents)).attributes if name == "id"]
     assert len(ids) == len(set(ids))
 
 
@@ -193,7 +136,6 @@ def test_every_colour_a_picture_asks_for_has_a_value_in_both_schemes() -> None:
     "contents",
     [
         Contents(name="empty"),
-        Contents(name="half", manifests={"ingest": _manifest("ingest", counts={}, facts={}, seconds=0.0)}),
         Contents(name="unknown", metrics=[{"model": "sft", "rows": 3, "users": 1, "mrr": _interval(0.5)}]),
         Contents(name="no reach", metrics=[{"model": "sft", "rows": 3, "users": 1, "ndcg@10": _interval(0.5)}]),
     ],
@@ -202,6 +144,12 @@ def test_every_colour_a_picture_asks_for_has_a_value_in_both_schemes() -> None:
 def test_a_half_run_still_has_a_page(contents: Contents) -> None:
     page = render(contents)
     assert contents.name in "".join(_read(page).text)
+
+
+def test_a_stage_that_left_nothing_still_has_a_page(manifest: Callable[..., Manifest]) -> None:
+    left = {name: manifest(name, counts={}, facts={}, seconds=0.0) for name in ("ingest", "sequences", "evaluate")}
+    page = render(Contents(name="half", manifests=left))
+    assert "Rows in, rows out" not in "".join(_read(page).text)
 
 
 def test_bounds_that_are_not_known_are_dashes() -> None:
@@ -222,6 +170,7 @@ def test_facts_are_flattened() -> None:
         "ndcg": {"sft": {"value": 0.5, "low": 0.4, "high": None}},
         "many": list(range(9)),
         "name": "text",
+        "none": [],
     }
     assert flat_facts(facts) == [
         ("rows", "12,345"),
@@ -232,12 +181,13 @@ def test_facts_are_flattened() -> None:
         ("ndcg · sft", "0.500 (0.400 to –)"),
         ("many", "0, 1, 2, 3, 4, 5, … (9 in all)"),
         ("name", "text"),
+        ("none", "–"),
     ]
 
 
-def _audit(verdict: str) -> list[dict[str, Any]]:
+def _audit(verdict: str, hostile: str) -> list[dict[str, Any]]:
     base = {"metric": "hr@1", "low": 0.1, "high": 0.3, "chance": 0.05, "reason": "", "advice": ""}
-    told = {"value": 0.9, "verdict": verdict, "reason": "More than behaviour.", "advice": HOSTILE}
+    told = {"value": 0.9, "verdict": verdict, "reason": "More than behaviour.", "advice": hostile}
     return [
         {**base, "rule": "popularity", "kind": "baseline", "value": 0.2, "verdict": "clear"},
         {**base, "rule": "smallest id above", "kind": "suspect", **told},
@@ -245,12 +195,12 @@ def _audit(verdict: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("verdict", ["leak", "look"])
-def test_the_audit_stands_beside_the_result_and_a_leak_above_all(verdict: str) -> None:
+def test_the_audit_stands_beside_the_result_and_a_leak_above_all(verdict: str, hostile: str) -> None:
     facts = [
-        {"fact": "cold targets", "number": 252, "of": 1000, "note": HOSTILE},
+        {"fact": "cold targets", "number": 252, "of": 1000, "note": hostile},
         {"fact": "later training", "number": None, "of": None, "note": "no clock"},
     ]
-    page = render(Contents(name="audited", audit=_audit(verdict), audit_facts=facts))
+    page = render(Contents(name="audited", audit=_audit(verdict, hostile), audit_facts=facts))
     reader = _read(page)
     text = " ".join(" ".join(reader.text).split())
     assert "smallest id above" in text
