@@ -17,7 +17,7 @@ SETTINGS = Settings((1,), samples=300, confidence=0.9, seed=4)
 # (user, target, candidates, item written, ended)
 ROWS = [
     ("a", 3, [3, 4], 3, True),  # right
-    ("a", 3, [3, 4], 4, True),  # another candidate
+    ("b", 3, [3, 4], 4, True),  # another candidate
     ("a", 5, [5, 6], 9, True),  # an item, but no candidate
     ("b", 0, [0, 1], NO_ITEM, True),
     ("b", 0, [0, 1], NO_ITEM, False),
@@ -63,8 +63,8 @@ def test_both_denominators_by_hand() -> None:
 def test_intervals_resample_the_users_who_have_such_rows() -> None:
     found = validity(written(), settings=SETTINGS)
     asked = {"samples": 300, "confidence": 0.9, "seed": 4}
-    every = clustered_means(np.array([1, 0, 0, 0, 0, 1, 0]), np.array(list("aaabbcc")), **asked)
-    valid = clustered_means(np.array([1, 0, 0, 1]), np.array(list("aaac")), **asked)
+    every = clustered_means(np.array([1, 0, 0, 0, 0, 1, 0]), np.array(list("ababbcc")), **asked)
+    valid = clustered_means(np.array([1, 0, 0, 1]), np.array(list("abac")), **asked)
     for name, expected in (("hr@1", every), ("hr@1 of valid", valid)):
         assert found[name]["low"] == pytest.approx(expected.low[0])
         assert found[name]["high"] == pytest.approx(expected.high[0])
@@ -89,8 +89,9 @@ def test_no_valid_row_leaves_its_hit_rate_unknown() -> None:
 
 
 def test_one_user_leaves_the_interval_unknown() -> None:
-    found = validity(written(ROWS[:3], TEXTS[:3]), settings=SETTINGS)
-    assert found["hr@1"] == {"value": pytest.approx(1 / 3), "low": None, "high": None}
+    alone = [("a", *row[1:]) for row in ROWS]
+    found = validity(written(alone), settings=SETTINGS)
+    assert found["hr@1"] == {"value": pytest.approx(2 / 7), "low": None, "high": None}
 
 
 def test_texts_that_were_lost_are_refused() -> None:
