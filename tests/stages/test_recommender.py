@@ -1,6 +1,11 @@
 """What a model is taught, worked out before it is."""
 
+from pathlib import Path
+from shutil import copytree
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recray.config import Sft
@@ -8,7 +13,8 @@ from recray.data.catalogue import Catalogue
 from recray.data.examples import list_arrays
 from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
-from recray.stages.recommender import labels_of, share_untaught
+from recray.errors import DataError
+from recray.stages.recommender import labels_of, share_untaught, validation_rows
 from recray.workspace import Workspace
 
 
@@ -28,3 +34,20 @@ def test_items_whose_window_is_longer_than_a_prompt_are_counted(prepared: Worksp
     share = share_untaught(prepared, Sft(window_items=window), catalogue)
     assert share == pytest.approx(left_out / total)
     assert (share > 0) == (room < 128 and window * 3 > room)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [([1, 2], "hold the target 0 times"), ([3, 1, 3], "hold the target 2 times"), ([3, 40], "item 40 .* is unknown")],
+)
+def test_a_faulty_validation_row_is_refused_before_anything_is_fitted(
+    prepared: Workspace, tmp_path: Path, candidates: list[int], message: str
+) -> None:
+    assert len(validation_rows(prepared, 5, seed=0).targets) == 5
+    copy = Workspace(str(tmp_path / "copy"))
+    copytree(prepared.root, copy.root)
+    rows = copy.table("sequences", "validation").to_pylist()
+    rows[7] |= {"target": 3, "candidates": candidates}
+    pq.write_table(pa.Table.from_pylist(rows), copy.path("sequences", "validation", "part-0.parquet"))
+    with pytest.raises(DataError, match=f"sequences/validation, row 7: .*{message}"):
+        validation_rows(copy, 5, seed=0)  # also where row 7 is not in the sample
