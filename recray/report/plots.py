@@ -209,6 +209,7 @@ def difference_picture(differences: Sequence[Entry]) -> str | None:
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="x")
+        axes.locator_params(axis="x", nbins=5)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(f"difference in {measure_name(measure)}")
         return _svg(figure, f"Paired differences in {measure_name(measure)} with their intervals")

@@ -27,7 +27,7 @@ def manifest() -> Callable[..., Manifest]:
 @pytest.fixture
 def contents() -> Contents:
     """All that the page can show, of a made-up run."""
-    names = ("hr@1", "ndcg@1", "ndcg@10", "mrr", "average_popularity")
+    names = [f"{stem}@{k}" for stem in ("hr", "ndcg") for k in (1, 5, 10, 20)] + ["mrr", "average_popularity"]
     reach = {"coverage": 0.5, "gini": 0.25, "div_ratio": 0.4567, "div_ratio@10": 0.125, "div_ratio@20": 0.1}
     metrics = [
         {"model": model, "rows": 90, "users": 9, **{name: _interval(0.3) for name in names}, **reach}
@@ -46,7 +46,7 @@ def contents() -> Contents:
                 "rows": 23,
                 "of": 90,
                 "users": 1,
-                "models": {"sft": {"ndcg@10": {"value": 0.4321, "low": None, "high": None}}},
+                "models": dict.fromkeys(plots.MODELS, {"ndcg@10": {"value": 0.4321, "low": None, "high": None}}),
             }
         ],
         generation=_generation(),

@@ -67,7 +67,7 @@ def test_whole_page_shows_everything(contents: Contents) -> None:
         "Supervised fine-tuning",
         "rank 1 of 20",
         "1,234",
-        "never met in training: 23 of 90 rows, where NDCG@10 is SFT 0.432",
+        "never met in training: 23 of 90 rows, where NDCG@10 is Popularity 0.432",
         "0 rows, 3 items",
         "< 0.001",
         "0.032",
