@@ -54,6 +54,11 @@ def _evaluation(generator: np.random.Generator) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema.EVALUATION)
 
 
+def _genres(item: int) -> list[str]:
+    """None, one or two."""
+    return ["Drama", "War"][: item % 3]
+
+
 def _model_folder(folder: Path, seed: int) -> Path:
     tokenizer = train_tokenizer(LABELS, 300)
     catalogue = Catalogue.build(LABELS, tokenizer, find_template("titles"), 64)
@@ -75,7 +80,10 @@ def _write(workspace: Workspace, stage: str, tables: dict[str, pa.Table], model:
 def _fill(workspace: Workspace, folder: Path, test: pa.Table) -> None:
     generator = np.random.default_rng(1)
     items = pa.Table.from_pylist(
-        [{"item": i, "item_id": str(i), "title": LABELS[i], "label": LABELS[i], "genres": []} for i in range(ITEMS)],
+        [
+            {"item": i, "item_id": str(i), "title": LABELS[i], "label": LABELS[i], "genres": _genres(i)}
+            for i in range(ITEMS)
+        ],
         schema=schema.CATALOGUE,
     )
     histories = pa.Table.from_pylist(
@@ -245,6 +253,24 @@ def test_language_models_write_freely_for_a_sample(evaluated: Workspace) -> None
         expected = validity(own, settings=Settings((1,), samples=200, confidence=0.95, seed=3))
         assert found.items() >= {"model": model, "template": "titles", **expected}.items()
         assert evaluated.require("evaluate").facts["written freely"][model]["hr@1"] == found["hr@1"]
+
+
+def test_genres_are_those_of_the_catalogue_and_of_the_histories_of_the_rows(evaluated: Workspace) -> None:
+    found = evaluated.json("evaluate", "exposure.json")["genres"]
+    assert found["catalogue"] == {"items": ITEMS, "without_genre": ITEMS // 3}
+
+    def drama(items: list[int]) -> float:
+        weights = [1 / len(_genres(item)) for item in items if _genres(item)]
+        return sum(weights) / sum(1 for item in items if _genres(item))
+
+    met = [item for row in evaluated.table("sequences", "test")["history"].to_pylist() for item in row]
+    assert found["genres"] == ["Drama", "War"]
+    assert found["met"]["shares"] == pytest.approx([drama(met), 1 - drama(met)])
+    rows = evaluated.table("evaluate", "rows").to_pylist()
+    for model, (first,) in found["models"].items():  # three items a row were kept, so nothing is said of ten
+        shown = [row["ranked"][0] for row in rows if row["model"] == model]
+        apart = drama(shown) - drama(met)
+        assert (first["k"], first["mgu"], first["dgu"]) == (1, pytest.approx(abs(apart)), pytest.approx(2 * abs(apart)))
 
 
 def test_exposure_and_facts_are_json(evaluated: Workspace) -> None:
