@@ -89,7 +89,7 @@ def test_whole_page_shows_everything(contents: Contents) -> None:
         "1 of 6 items of the catalogue, 31 of 700 in the histories",
         "Aligned prior-corrected 0.5.",
         "60 of 90 test rows",
-        "SFT 0.500 0.480–0.520 0.500 0.480–0.520 0.500 0.480–0.520 – ––– – ––– “<script>",  # ValidRatio, …, of no valid row
+        "SFT 0.500 0.480–0.520 0.500 0.480–0.520 0.500 0.480–0.520 – ––– – ––– “<script>",  # none valid
     ):
         assert row in text, row
     assert "not accounted for" not in text
