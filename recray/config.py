@@ -9,11 +9,23 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from recray.errors import ConfigError
+from recray.objectives import registry
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -206,12 +218,8 @@ class Reference(Part):
     tokens_per_micro_batch: Count = 16384
 
 
-class Objective(Part):
-    """What is minimised. Defaults are NAPO as recray means it; see docs/papers.md."""
-
-    name: Literal["napo", "sdpo", "dpo", "cross_entropy", "sft"] = Field(
-        "napo", description="`sft` goes on with supervised fine-tuning: the control at equal time."
-    )
+class _Objective(Part):
+    name: str = Field("napo", description="`sft` goes on with supervised fine-tuning: the control at equal time.")
     beta: Positive = 1.0
     reference: bool = Field(True, description="Log-ratios against the SFT model; False: policy only.")
     margin: Literal["per_negative", "batch", "none"] = "per_negative"
@@ -224,6 +232,105 @@ class Objective(Part):
     guard: bool = Field(True, description="A borrower never uses an item it met in training, nor its own target.")
     detach_shared: bool = Field(False, description="As released: no negative that NAPO reads gets a gradient.")
     subtract_log_pool: bool = Field(False, description="Subtract ln |N_i|, so that pool size does not act as margin.")
+    nll_weight: NonNegative = Field(0.0, description="Of the positive's negative log-probability, added as an anchor.")
+    length_normalised: bool = Field(False, description="Scores are means over an item's tokens, not sums.")
+
+    @property
+    def borrows(self) -> bool:
+        """Whether it looks at other users' negatives."""
+        return self.name in registry.OBJECTIVES and "pool_score" in registry.OBJECTIVES[self.name].reads
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether its scores are log-ratios: by choice where there is one, else not."""
+        return self.reference and "reference" in registry.settings_of(self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of this objective, by name."""
+        return {name: getattr(self, name) for name in registry.settings_of(self.name)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_these_settings(cls, given: Any) -> Any:
+        name = given.get("name", "napo") if isinstance(given, Mapping) else None
+        if name not in registry.names():
+            return given  # for others to say
+        wrong = [_not_a_setting(key, name, set(cls.model_fields)) for key in given if not _speaks_of(key, given, name)]
+        if wrong:
+            raise PydanticCustomError("objective_setting", "{wrong}", {"wrong": "\n".join(wrong)})
+        kept = {key: value for key, value in given.items() if key == "name" or key in registry.settings_of(name)}
+        return {**registry.defaults_of(name), **kept}
+
+    @field_validator("name")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if name in registry.names():
+            return name
+        near = difflib.get_close_matches(name, registry.names(), n=1, cutoff=0.0)[0]
+        names = ", ".join(registry.names())
+        raise PydanticCustomError(
+            "objective",
+            "no such objective; the nearest is '{near}' (there are: {names})",
+            {"near": near, "names": names},
+        )
+
+    @model_serializer(mode="wrap")
+    def _own_part(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write down what this objective reads: the settings of others say nothing of it."""
+        own = registry.settings_of(self.name)
+        off = {key: value for key, value in registry.OPTIONS.items() if _default(self.name, key) == value}
+        return {
+            key: value
+            for key, value in dump(self).items()
+            if key == "name" or (key in own and not (key in off and value == off[key]))
+        }
+
+
+def _default(name: str, key: str) -> Any:
+    return registry.defaults_of(name).get(key, Objective.model_fields[key].default)
+
+
+def _speaks_of(key: str, given: Mapping[str, Any], name: str) -> bool:
+    """Return whether this objective has the setting, or is told that it has not: `margin=none` is true of all."""
+    return key == "name" or key in registry.settings_of(name) or (key in ("margin", "sharing") and given[key] == "none")
+
+
+def _not_a_setting(key: str, name: str, known: set[str]) -> str:
+    own = [*registry.settings_of(name), "name"]
+    near = difflib.get_close_matches(key, own, n=1, cutoff=0.0)[0]
+    what = f"not a setting of {name}" if key in known else "unknown setting"
+    return f"{key}: {what}; the nearest is align.objective.{near}"
+
+
+def _own_fields() -> dict[str, Any]:
+    """Return a field for each setting that an objective of the registry brings with it."""
+    fields: dict[str, Any] = {}
+    for name, own in registry.own_settings().items():
+        bounds: dict[str, Any] = {}
+        if not isinstance(own.default, bool):
+            bounds = {"gt" if own.open else "ge": own.least} | ({} if own.most is None else {"le": own.most})
+        fields[name] = (type(own.default), Field(own.default, description=own.description, **bounds))
+    return fields
+
+
+if TYPE_CHECKING:
+
+    class Objective(_Objective):
+        """What is minimised. Defaults are NAPO as recray means it; see docs/papers.md.
+
+        Beside the settings that are named here it has those that the lines of `recray.objectives.registry` bring.
+        """
+
+        def __init__(self, **settings: Any) -> None: ...
+else:
+    Objective = create_model(
+        "Objective",
+        __base__=_Objective,
+        __module__=__name__,
+        __doc__="What is minimised. Defaults are NAPO as recray means it; see docs/papers.md.",
+        **_own_fields(),
+    )
 
 
 class Align(Part):
@@ -379,12 +486,14 @@ def override(pipeline: Pipeline, *, file: str | None = None, settings: list[str]
     """
     tree: dict[str, Any] = pipeline.model_dump(mode="json")
     if file is not None:
-        _lay_over(tree, _read_config(file))
+        _lay_all_over(tree, [_read_config(file)])
+    changes = []
     for setting in settings or []:
         key, separator, text = setting.partition("=")
         if not separator:
             raise ConfigError(f"--set {setting!r} has no '='; write --set align.steps=100")
-        _lay_over(tree, _nested(key.strip().split("."), _value(text.strip())))
+        changes.append(_nested(key.strip().split("."), _value(text.strip())))
+    _lay_all_over(tree, changes)
     return validated(tree)
 
 
@@ -412,6 +521,8 @@ def _explain(problem: Mapping[str, Any], known: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return f"{key}: unknown setting; the nearest is {near[0]}"
+    if problem["type"] == "objective_setting":
+        return "\n  ".join(f"{key}.{line}" for line in str(problem["msg"]).splitlines())
     if not key:
         return str(problem["msg"]).removeprefix("Value error, ")
     return f"{key}: {problem['msg']}, got {problem['input']!r}"
@@ -441,6 +552,27 @@ def _nested(path: list[str], value: Any) -> dict[str, Any]:
     for step in reversed(path):
         value = {step: value}
     return dict(value)
+
+
+def _lay_all_over(tree: dict[str, Any], changes: list[dict[str, Any]]) -> None:
+    """Lay all over `tree`, in order. Under another objective, only what was asked for of the old one stays.
+
+    That is what both have, where it is not the old one's default: each objective brings its own.
+    """
+    new = [name for change in changes if (name := _objective_in(change).get("name")) in registry.names()]
+    old = _objective_in(tree)
+    if new and old.get("name") in registry.names() and new[-1] != old["name"]:
+        both = set(registry.settings_of(new[-1])) & set(registry.settings_of(old["name"]))
+        asked = {key: old[key] for key in both & set(old) if old[key] != _default(old["name"], key)}
+        tree["align"]["objective"] = asked
+    for change in changes:
+        _lay_over(tree, change)
+
+
+def _objective_in(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    align = tree.get("align")
+    objective = align.get("objective") if isinstance(align, Mapping) else None
+    return objective if isinstance(objective, Mapping) else {}
 
 
 def _lay_over(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ KERNELS = ("data", "users", "negatives", "objectives", "lm", "ranking", "distrib
 ENGINES = ("train", "report")
 # Pure integer plans of who reads what: an engine's, but all may use them.
 PLANS = ("recray.train.order",)
+# Names and settings without the maths: a kernel's, but the base may read them.
+NAMES = ("recray.objectives.registry",)
 # What stages may share: which stages there are, the Ray they stand on, how fits and models are set up on it.
 SHARED_BY_STAGES = ("flow", "cluster", "fitting", "notice", "recommender", "alignment", "rowwise")
 # The only importers of heavy libraries: patterns of module names.
@@ -72,6 +74,8 @@ def layer(module: str) -> int:
     """0 base, 1 kernels, 2 engines, 3 stages, 4 command line and pipelines."""
     if any(below(module, plan) for plan in PLANS):
         return 1
+    if any(below(module, names) for names in NAMES):
+        return 0
     package, _, rest = module.partition(".")
     part = rest.partition(".")[0] or "__init__"
     if package == "pipelines" or part in {"cli", "__main__"}:

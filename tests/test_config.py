@@ -1,11 +1,13 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from recray.config import Lora, Pipeline, override, setting_names, validated
+from recray.config import Lora, Objective, Pipeline, override, setting_names, validated
 from recray.errors import ConfigError
+from recray.objectives import registry
 
 PIPELINE = Pipeline(name="test")
 
@@ -123,9 +125,17 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, word: str) -> N
 
 def test_every_setting_that_is_named_can_be_set() -> None:
     with_adapters = override(PIPELINE, settings=["sft.lora.rank=16", "align.lora.rank=16"])
-    tree = PIPELINE.model_dump(mode="json")
-    for name in setting_names():
-        found = with_adapters.model_dump(mode="json")
-        for step in name.split("."):
-            found = found[step]
-    assert validated(json.loads(json.dumps(tree))) == PIPELINE
+    found = set(paths_of(with_adapters.model_dump(mode="json")))
+    on = {"nll_weight": 0.5, "length_normalised": True}
+    for name in registry.names():  # of an objective's settings, those it reads are written down
+        objective = Objective(name=name, **(on if registry.settings_of(name) else {}))
+        found |= set(paths_of({"align": {"objective": objective.model_dump(mode="json")}}))
+    assert set(setting_names()) <= found
+    assert validated(json.loads(PIPELINE.model_dump_json())) == PIPELINE
+
+
+def paths_of(tree: dict[str, object], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from paths_of(value, f"{prefix}{key}.")

@@ -1,70 +1,137 @@
 """Objectives by name: a new one is a file beside this and a line in `OBJECTIVES`.
 
-Axes:
-    B  users whose loss is computed
-    G  users of the global batch
-    N  negatives drawn for each of those
-    K  candidates: the positive, then the N negatives
+A line says where the loss is, which facts of a batch it is called with and which settings. Nothing is imported for it:
+settings are checked, listed and searched without torch. `recray.config.Objective` is made from these lines.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
-from recray.objectives.cross_entropy import candidate_cross_entropy
-from recray.objectives.dpo import dpo_loss
-from recray.objectives.napo import napo_loss
-from recray.objectives.sdpo import sdpo_loss
+NOTHING: Mapping[str, float | bool] = MappingProxyType({})
 
 
-class ScoreBatch(NamedTuple):
-    """What an objective may look at: scores of the whole global batch, and what these B users may use of them."""
+class Setting(NamedTuple):
+    """A setting that an objective brings with it: `align.objective.NAME`. The type of its default is its own."""
 
-    score: Float[Tensor, "G K"]  # nats; positive first; log-ratios where the objective has a reference
-    pool: Float[Tensor, "G N"]  # the negatives of `score` as borrowed: detached from it, if as released
-    place: Int[Tensor, " B"]  # of the B users among the G
-    usable: Bool[Tensor, "B G N"]
-    margin: Float[Tensor, "B G N"]
-
-    @property
-    def positive(self) -> Float[Tensor, " B"]:
-        """Scores of the users' positives."""
-        return self.score[self.place, 0]
-
-    @property
-    def own(self) -> Float[Tensor, "B N"]:
-        """Scores of the users' own negatives."""
-        return self.score[self.place, 1:]
+    name: str
+    default: float | bool
+    description: str
+    least: float = 0.0  # of a number
+    most: float | None = None
+    open: bool = False  # `least` itself is not allowed
+    search: tuple[float, float] | None = None  # what is worth trying; None: nothing but the default
 
 
-Objective = Callable[..., Float[Tensor, " B"]]
+class Line(NamedTuple):
+    """What there is to know of an objective without running it."""
+
+    function: str  # module:function, below recray.objectives
+    reads: tuple[str, ...]  # what it is called with: attributes of recray.objectives.family.ScoreBatch, in order
+    settings: tuple[str | Setting, ...] = ("beta",)  # then these, by name
+    chosen: tuple[str | Setting, ...] = ()  # settings of what stands around the function
+    defaults: Mapping[str, float | bool] = NOTHING  # where they are not those of `recray.config.Objective`
 
 
-def napo(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
-    """NAPO over all usable negatives of the global batch."""
-    return napo_loss(batch.positive, batch.pool, batch.margin, batch.usable, beta=beta)
+FIRST = ("positive", "first", "first_usable")
+OWN = ("positive", "negative", "usable")
+POLICY = ("policy_positive", "policy_negative")
+POOL = ("positive", "pool_score", "pool_margin", "pool_usable")
+REFERENCE = ("reference",)  # with or without, by choice; who does not have it reads the policy alone
+BY_TOKEN = MappingProxyType({"length_normalised": True})
 
+# What any objective can be given. Left out of what is written down while off: results from before they existed hold.
+OPTIONS: Mapping[str, float | bool] = MappingProxyType({"nll_weight": 0.0, "length_normalised": False})
 
-def sdpo(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
-    """S-DPO over the users' own negatives."""
-    return sdpo_loss(batch.positive, batch.own, beta=beta)
+BOUNDARY = Setting("boundary", False, "DynamicPO's selection: only negatives near the boundary count.")
+DUAL_MARGIN = Setting("dual_margin", False, "DynamicPO's beta a negative, from two margins.")
+DYNAMIC = (BOUNDARY, DUAL_MARGIN)
+SHARING = ("sharing", "sharing_fraction", "sharing_threshold", "similarity", "guard", "detach_shared")
+MARGINS = ("margin", "margin_base", "margin_slope", "subtract_log_pool")
+TARGET_MARGIN = Setting(
+    "target_margin", 1.0, "gamma: lead asked of the positive, in beta * nats a token.", search=(0.3, 2.0)
+)
+SMOOTHING = Setting(
+    "smoothing",
+    0.2,
+    "Most that a preference is doubted; where the auxiliary model is sure, it is not.",
+    most=0.5,
+    search=(0.05, 0.45),
+)
+GAP_WEIGHT = Setting("gap_weight", 1.0, "lambda: margin of a sure pair, in beta * nats.", search=(0.0, 2.0))
+PREFERENCE_WEIGHT = Setting(
+    "preference_weight", 1.0, "lambda: of the preference beside the cross-entropy.", open=True, search=(0.1, 10.0)
+)
+POOL_SIZE = Setting("pool_size", 5, "The negative is drawn from so many of the highest scores.", least=1)
 
-
-def dpo(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
-    """DPO with the first negative of each user."""
-    return dpo_loss(batch.positive, batch.own[:, 0], beta=beta)
-
-
-def cross_entropy(batch: ScoreBatch, *, beta: float) -> Float[Tensor, " B"]:
-    """Cross-entropy over the users' own candidates at temperature 1 / beta."""
-    return candidate_cross_entropy(beta * batch.positive, beta * batch.own)
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "napo": napo,
-    "sdpo": sdpo,
-    "dpo": dpo,
-    "cross_entropy": cross_entropy,
+OBJECTIVES: dict[str, Line] = {
+    "napo": Line("napo:napo_loss", POOL, chosen=(*REFERENCE, *MARGINS, *SHARING)),
+    "sdpo": Line("sdpo:sdpo_loss", OWN, chosen=(*REFERENCE, *DYNAMIC)),
+    "dpo": Line("dpo:dpo_loss", FIRST, chosen=REFERENCE),
+    "cross_entropy": Line("cross_entropy:candidate_cross_entropy", OWN, chosen=REFERENCE),
+    "cpo": Line("cpo:cpo_loss", FIRST, ("beta", "nll_weight"), defaults={"nll_weight": 1.0}),
+    "simpo": Line("simpo:simpo_loss", FIRST, ("beta", TARGET_MARGIN), defaults={"beta": 2.0, **BY_TOKEN}),
+    "dmpo": Line("dmpo:dmpo_loss", OWN, chosen=(*REFERENCE, *DYNAMIC)),
+    "mppo": Line("mppo:mppo_loss", OWN, chosen=DYNAMIC, defaults=BY_TOKEN),
+    "rosepo": Line(
+        "rosepo:rosepo_loss",
+        ("positive", "first", "first_confidence", "first_usable"),
+        ("beta", SMOOTHING),
+        chosen=REFERENCE,
+    ),
+    "recpo": Line("recpo:recpo_loss", ("positive", "negative", "gap", "usable"), ("beta", GAP_WEIGHT), REFERENCE),
+    "dynamicpo": Line("dynamicpo:dynamicpo_loss", ("positive", "negative", *POLICY, "usable"), chosen=REFERENCE),
+    "rodpo": Line(
+        "rodpo:rodpo_loss",
+        ("positive", "negative", *POLICY, "draw", "usable"),
+        ("beta", PREFERENCE_WEIGHT, POOL_SIZE, "nll_weight"),
+        REFERENCE,
+        {"nll_weight": 1.0},
+    ),
+    "bpr": Line("bpr:bpr_loss", OWN),
 }
+SUPERVISED = "sft"  # goes on with supervised fine-tuning, on streams of items instead of pairs; has no settings
+
+
+def names() -> tuple[str, ...]:
+    """Return all that `align.objective.name` may be."""
+    return (*OBJECTIVES, SUPERVISED)
+
+
+def named(setting: str | Setting) -> str:
+    """Return the name of a setting."""
+    return setting if isinstance(setting, str) else setting.name
+
+
+def settings_of(objective: str) -> tuple[str, ...]:
+    """Return the names of all settings that an objective has, those of what stands around it included."""
+    if objective == SUPERVISED:
+        return ()
+    line = OBJECTIVES[objective]
+    return tuple(dict.fromkeys([*map(named, (*line.settings, *line.chosen)), *OPTIONS]))
+
+
+def defaults_of(objective: str) -> Mapping[str, float | bool]:
+    """Return the defaults of an objective that are not those of `recray.config.Objective`."""
+    return OBJECTIVES[objective].defaults if objective in OBJECTIVES else NOTHING
+
+
+def own_settings() -> dict[str, Setting]:
+    """Return every setting that a line brings with it, by name.
+
+    Raises:
+        ValueError: if two lines mean different settings by one name.
+    """
+    found: dict[str, Setting] = {}
+    for line in OBJECTIVES.values():
+        for setting in (*line.settings, *line.chosen):
+            if isinstance(setting, Setting) and found.setdefault(setting.name, setting) != setting:
+                raise ValueError(f"two objectives mean different settings by {setting.name!r}")
+    return found
+
+
+def search_ranges(objective: str) -> dict[str, tuple[float, float]]:
+    """Return the range worth searching of each setting that the objective brings with it."""
+    line = OBJECTIVES[objective]
+    brought = (setting for setting in (*line.settings, *line.chosen) if isinstance(setting, Setting))
+    return {setting.name: setting.search for setting in brought if setting.search is not None}

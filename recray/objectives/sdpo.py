@@ -9,13 +9,19 @@ https://arxiv.org/abs/2406.09215, equation 9.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from recray.objectives.terms import checked_beta, lead
+
 
 def sdpo_loss(
-    positive_score: Float[Tensor, " B"], negative_score: Float[Tensor, "B N"], *, beta: float
+    positive_score: Float[Tensor, " B"],
+    negative_score: Float[Tensor, "B N"],
+    usable: Bool[Tensor, "B N"],
+    *,
+    beta: float | Float[Tensor, "B N"],
 ) -> Float[Tensor, " B"]:
     r"""Return one loss per user, unreduced.
 
@@ -27,20 +33,18 @@ def sdpo_loss(
     Args:
         positive_score: [B] log-ratio against the reference of the positive, in nats.
         negative_score: [B, N] the same of each negative.
-        beta: Inverse temperature of the implicit reward; must be positive.
+        usable: [B, N] which negatives count.
+        beta: Inverse temperature of the implicit reward; must be positive. One a negative: DynamicPO's.
 
     Returns:
-        [B] loss in nats, float32 or wider. ln(1 + N) where policy and reference agree.
+        [B] loss in nats, float32 or wider. ln(1 + N) where policy and reference agree; 0 and no gradient where no
+        negative is usable.
 
     Raises:
         ValueError: If beta is not positive.
 
-    >>> sdpo_loss(torch.zeros(1), torch.zeros(1, 3), beta=1.0)
+    >>> sdpo_loss(torch.zeros(1), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), beta=1.0)
     tensor([1.3863])
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}; beta=0 ignores the policy")
-    # bf16 would round the difference of two scores near -40 to a quarter of a nat.
-    dtype = torch.promote_types(positive_score.dtype, torch.float32)
-    logits = beta * (negative_score.to(dtype) - positive_score.to(dtype)[:, None])
-    return pad(logits, (1, 0), value=0.0).logsumexp(dim=1)
+    logits = -checked_beta(beta) * lead(positive_score[:, None], negative_score, usable)
+    return pad(logits.masked_fill(~usable, -torch.inf), (1, 0), value=0.0).logsumexp(dim=1)

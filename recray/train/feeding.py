@@ -172,7 +172,7 @@ class AlignFeed:
 
     def _lends(self, vectors: Tensor, place: Tensor, user: Tensor) -> Tensor:
         settings = self._objective
-        if settings.name != "napo" or settings.sharing == "none":
+        if not settings.borrows or settings.sharing == "none":
             return own_only(place, len(user))
         similar = similarity(vectors[place], vectors, cosine=settings.similarity == "cosine")
         if settings.sharing == "threshold":

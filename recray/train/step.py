@@ -9,27 +9,32 @@ Axes:
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 from torch import Tensor
 
 from recray.config import Objective
+from recray.data.hashing import mix
+from recray.data.hashing import unit as uniform
 from recray.distributed.collectives import sum_over_ranks
 from recray.lm.scorer import Packed, sum_by_slot, to_device
+from recray.objectives.family import Pool, ScoreBatch, find_loss, losses
 from recray.objectives.margins import batch_margin, per_negative_margin
-from recray.objectives.registry import OBJECTIVES, ScoreBatch
 from recray.objectives.sharing import borrower_chunks
+from recray.objectives.watching import WATCHED, watched
 from recray.train.engine import Engine
 from recray.train.reference import ReferencePass
 from recray.train.units import Unit
 
 METRICS = (
     *("loss", "positive_reward", "negative_reward", "margin", "accuracy", "kl"),
-    *("effective_negatives", "usable_negatives", "asked_margin"),
-)
+    *("effective_negatives", "usable_negatives", "log_pool", "asked_margin"),
+)  # means over users, which ranks sum; beside them, of the whole table of scores, `WATCHED`
 CENTRE_DECAY = 0.9  # of the moving average that centres the batch margin, as released
 
 
@@ -91,7 +96,8 @@ class AlignStep:
 
     def __init__(self, objective: Objective, centre: MarginCentre, reference: ReferencePass | None = None) -> None:
         self._settings, self._centre, self._reference = objective, centre, reference
-        self._objective = OBJECTIVES[objective.name]
+        find_loss(objective.name)  # a name without a function is found here, not in the first step
+        self._objective = partial(losses, objective=objective.name, settings=objective.settings)
 
     def __call__(self, engine: Engine, unit: Unit, *, learning_rate: float) -> StepResult:
         """Score, exchange scores, differentiate the global loss, and send the gradient back through the model."""
@@ -109,7 +115,11 @@ class AlignStep:
                 kept.append(self._scores(engine, packed))
         every = _of_all_rows(kept, places, reference)
 
-        found = self._differentiate(every, reference, unit)
+        lengths = None
+        if self._settings.length_normalised:
+            tokens_each = [torch.bincount(packed.slot, minlength=packed.num_scores).to(every) for packed in packs]
+            lengths = _of_all_rows(tokens_each, places, reference)
+        found = self._differentiate(every, reference, unit, lengths)
         # All ranks agree on this: what it looks at has been summed over them.
         sound = math.isfinite(found.metrics["loss"]) and bool((found.score.isfinite() & found.grad.isfinite()).all())
         grad = found.grad if sound else torch.full_like(found.grad, math.nan)  # an engine never updates on a NaN
@@ -131,52 +141,88 @@ class AlignStep:
     def _scores(engine: Engine, packed: Packed) -> Float[Tensor, " scores"]:
         return sum_by_slot(engine.module(packed), packed)
 
-    def _differentiate(self, every: Float[Tensor, "G K"], reference: Float[Tensor, "G K"], unit: Unit) -> "_Found":
+    def _differentiate(
+        self,
+        every: Float[Tensor, "G K"],
+        reference: Float[Tensor, "G K"],
+        unit: Unit,
+        lengths: Float[Tensor, "G K"] | None = None,
+    ) -> "_Found":
         """Return the global mean loss's gradient with respect to every score, and what to log.
 
-        The objective is one loss a borrower, so borrowers are taken in chunks whose work on [B, G, N] stays small.
+        The objective is one loss a borrower, so borrowers are taken in chunks whose work on [B, G, N] stays small; it
+        is [B, 1, N] where nothing is shared. With `lengths`, tokens of each item, scores are means over them.
         """
-        settings = self._settings
-        score = (every - reference if settings.reference else every).requires_grad_()
-        flat = self._margin_of_batch(unit, score.device)
-        grad, losses = torch.zeros_like(score), [score.new_zeros(0)]
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=score.device)
-        for rows in borrower_chunks(*unit.arrays["usable"].shape):
-            batch = self._batch(score, unit, rows, flat)
-            loss = self._objective(batch, beta=settings.beta)
-            grad += torch.autograd.grad(loss.sum() / len(every), score)[0]
-            losses.append(loss.detach())
+        borrowers, owners, negatives = unit.arrays["usable"].shape
+        flat = self._margin_of_batch(unit, every.device)
+        leaf = every.detach().requires_grad_()
+        grad, each = torch.zeros_like(every), [every.new_zeros(0)]
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=every.device)
+        for rows in borrower_chunks(borrowers, owners if self._settings.borrows else 1, negatives):
+            batch = self._batch(*self._seen(leaf, reference, lengths), unit, rows, flat)
+            loss = self._objective(batch)
+            grad += torch.autograd.grad(loss.sum() / len(every), leaf)[0]
+            each.append(loss.detach())
             with torch.no_grad():
-                sums += self._metric_sums(batch, losses[-1], every, reference)
+                sums += self._metric_sums(batch, each[-1], every, reference, lengths)
         total = sum_over_ranks(torch.cat([grad.flatten(), sums.to(grad.dtype)]))
-        means = total[grad.numel() :] / len(every)
-        metrics = dict(zip(METRICS, means.tolist(), strict=True))
-        return _Found(score.detach(), total[: grad.numel()].view_as(grad), torch.cat(losses), metrics)
+        grad = total[: grad.numel()].view_as(grad)
+        score, policy = self._seen(every, reference, lengths)
+        found = watched(policy, self._rewards(every, reference, lengths), grad)
+        means = torch.cat([total[grad.numel() :] / len(every), found.to(total)]).tolist()
+        return _Found(score, grad, torch.cat(each), dict(zip((*METRICS, *WATCHED), means, strict=True)))
 
-    def _batch(self, score: Float[Tensor, "G K"], unit: Unit, rows: slice, flat: float) -> ScoreBatch:
-        """Return what the objective may look at for some of this rank's rows; `flat` is the margin where all have one.
+    def _seen(
+        self, every: Float[Tensor, "G K"], reference: Float[Tensor, "G K"], lengths: Float[Tensor, "G K"] | None
+    ) -> tuple[Float[Tensor, "G K"], Float[Tensor, "G K"]]:
+        """Return scores as the objective sees them, and the policy's own beside them."""
+        policy = every if lengths is None else every / lengths
+        if not self._settings.uses_reference:
+            return policy, policy
+        return policy - (reference if lengths is None else reference / lengths), policy
 
-        Margins are made in the scores' own precision, not in that of the confidences.
-        """
+    def _rewards(
+        self, every: Float[Tensor, "G K"], reference: Float[Tensor, "G K"], lengths: Float[Tensor, "G K"] | None
+    ) -> Float[Tensor, "G K"]:
+        """Return the implicit rewards: beta times log-ratios, whether or not the objective has a reference."""
+        ratio = every - reference
+        return self._settings.beta * (ratio if lengths is None else ratio / lengths)
+
+    def _batch(
+        self, score: Float[Tensor, "G K"], policy: Float[Tensor, "G K"], unit: Unit, rows: slice, flat: float
+    ) -> ScoreBatch:
+        """Return what the objective may look at for some of this rank's rows; `flat`: the margin where all have one."""
+        place = unit.arrays["place"][rows]
+        usable, sure = unit.arrays["usable"][rows], unit.arrays["confidence"][rows]
+        own = np.arange(place.size), place
+        draw = uniform(mix(unit.step, np.array(unit.rows)[place]))
+        mine = [
+            torch.from_numpy(array).to(score.device)
+            for array in (place, usable[own], sure[own].astype(np.float64), draw)
+        ]
+        pool = self._pool(score, usable, sure, flat) if self._settings.borrows else None
+        return ScoreBatch(score, policy, mine[0], mine[1], mine[2], mine[3], pool)
+
+    def _pool(
+        self, score: Float[Tensor, "G K"], usable: Bool[ndarray, "B G N"], sure: Float[ndarray, "B G N"], flat: float
+    ) -> Pool:
+        """Return what may be borrowed. Margins are made in the scores' precision, not in that of the confidences."""
         settings = self._settings
-        place, usable, confidence = (
-            torch.from_numpy(unit.arrays[name][rows]).to(score.device) for name in ("place", "usable", "confidence")
-        )
-        if settings.name == "napo" and settings.margin == "per_negative":
+        may, confidence = (torch.from_numpy(array).to(score.device) for array in (usable, sure))
+        if settings.margin == "per_negative":
             margin = per_negative_margin(
                 confidence.to(score.dtype), base=settings.margin_base, slope=settings.margin_slope
             )
         else:
             margin = torch.full(confidence.shape, flat, dtype=score.dtype, device=score.device)
         if settings.subtract_log_pool:
-            margin = margin - usable.sum(dim=(1, 2)).to(score.dtype).clamp_min(1).log()[:, None, None]
-        pool = score[:, 1:].detach() if settings.detach_shared else score[:, 1:]
-        return ScoreBatch(score, pool, place, usable, margin)
+            margin = margin - may.sum(dim=(1, 2)).to(score.dtype).clamp_min(1).log()[:, None, None]
+        return Pool(score[:, 1:].detach() if settings.detach_shared else score[:, 1:], may, margin)
 
     def _margin_of_batch(self, unit: Unit, device: torch.device) -> float:
         """Return the one margin of the global batch; 0 where the objective has none or one a negative."""
         settings = self._settings
-        if settings.name != "napo" or settings.margin != "batch":
+        if not settings.borrows or settings.margin != "batch":
             return 0.0
         own = [float(unit.arrays["liking_sum"][0]), float(np.count_nonzero(unit.arrays["usable"]))]
         total, count = sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
@@ -184,25 +230,35 @@ class AlignStep:
         return batch_margin(mean, self._centre.update(mean), base=settings.margin_base, slope=settings.margin_slope)
 
     def _metric_sums(
-        self, batch: ScoreBatch, losses: Float[Tensor, " B"], every: Float[Tensor, "G K"], reference: Tensor
+        self,
+        batch: ScoreBatch,
+        loss: Float[Tensor, " B"],
+        every: Float[Tensor, "G K"],
+        reference: Float[Tensor, "G K"],
+        lengths: Float[Tensor, "G K"] | None,
     ) -> Float[Tensor, " metrics"]:
         """Return sums over these users, in the order of `METRICS`."""
-        beta, place = self._settings.beta, batch.place
-        ratio = (every - reference)[place]
-        positive, negative = beta * ratio[:, 0], beta * ratio[:, 1:]
-        logits = beta * (batch.pool[None] - batch.positive[:, None, None]) + batch.margin
-        weight = logits.masked_fill(~batch.usable, -math.inf).flatten(1).softmax(dim=1).nan_to_num()
+        place, pool = batch.place, batch.pool
+        reward = self._rewards(every, reference, lengths)[place]
+        positive, negative = reward[:, 0], reward[:, 1:]
+        usable = batch.usable[:, None] if pool is None else pool.usable
+        borrowed = batch.negative[:, None] if pool is None else pool.score[None]
+        margin = torch.zeros_like(borrowed) if pool is None else pool.margin
+        logits = self._settings.beta * (borrowed - batch.positive[:, None, None]) + margin
+        weight = logits.masked_fill(~usable, -math.inf).flatten(1).softmax(dim=1).nan_to_num()
         policy, frozen = every[place].log_softmax(dim=1), reference[place].log_softmax(dim=1)
+        count = usable.sum(dim=(1, 2))
         each = {
-            "loss": losses,
+            "loss": loss,
             "positive_reward": positive,
             "negative_reward": negative.mean(dim=1),
             "margin": positive - negative.mean(dim=1),
             "accuracy": (positive[:, None] > negative).double().mean(dim=1),
             "kl": (policy.exp() * (policy - frozen)).sum(dim=1),  # over the user's own candidates
             "effective_negatives": torch.special.entr(weight).sum(dim=1).exp(),
-            "usable_negatives": batch.usable.sum(dim=(1, 2)),
-            "asked_margin": batch.margin.flatten(1).mean(dim=1),
+            "usable_negatives": count,
+            "log_pool": count.clamp_min(1).log(),
+            "asked_margin": margin.flatten(1).mean(dim=1),
         }
         return torch.stack([each[name].double().sum() for name in METRICS])
 

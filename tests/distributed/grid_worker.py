@@ -24,6 +24,7 @@ from recray.lm.load import open_recommender
 from recray.lm.scorer import ItemScorer, Packed, sum_by_slot, to_device
 from recray.objectives.margins import per_negative_margin
 from recray.objectives.napo import napo_loss
+from recray.objectives.watching import WATCHED
 from recray.train.engine import DeepSpeedEngine, Engine, PlainEngine
 from recray.train.feeding import AlignFeed, Share, StreamFeed, windows_of
 from recray.train.order import Order
@@ -103,9 +104,9 @@ class WatchedStep(AlignStep):
 
     every: Tensor
 
-    def _differentiate(self, every: Tensor, reference: Tensor, unit: Unit) -> Any:
+    def _differentiate(self, every: Tensor, reference: Tensor, unit: Unit, lengths: Tensor | None = None) -> Any:
         self.every = every.detach().clone()
-        return super()._differentiate(every, reference, unit)
+        return super()._differentiate(every, reference, unit, lengths)
 
 
 @functools.cache
@@ -176,7 +177,7 @@ def exact(folder: Path, rank: int, engine_name: str, objective: str, cut: str) -
         return {"metrics": [result.metrics["loss"]], "gradient": engine.gradient}
     step = WatchedStep(OBJECTIVES[objective], MarginCentre())
     result = step(engine, unit_of(folder, rank, objective, cut), learning_rate=0.0)
-    metrics = [result.metrics[name] for name in METRICS]
+    metrics = [result.metrics[name] for name in (*METRICS, *WATCHED)]
     return {"metrics": metrics, "scores": step.every.cpu(), "gradient": engine.gradient}
 
 
@@ -211,7 +212,7 @@ def naive(folder: Path, rank: int, form: str, cut: str) -> dict[str, Any]:
             weight[micro.places] = USERS / max(1, micro.places.size) / passes / ranks
         step = AlignStep(OBJECTIVES["all"], MarginCentre())
         whole = step._objective
-        step._objective = lambda batch, beta: whole(batch, beta=beta) * weight[batch.place]
+        step._objective = lambda batch: whole(batch) * weight[batch.place]
         step(engine, unit, learning_rate=0.0)
         return {"gradient": engine.gradient}
     for number, micro in enumerate(unit.micro_batches):

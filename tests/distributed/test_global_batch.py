@@ -28,7 +28,7 @@ SPOILT = [f"spoilt_stream:{engine}:2x4x3" for engine in ("f64", *DEEPSPEED)]
 SENT = {"bytes:napo:2x12": [], "bytes:batch:2x4x3": [16], "bytes:napo:3x8": [], "bytes:napo:ragged": []}
 ONE = [f"{engine}:{objective}:1x24" for engine in ("f64", "f32") for objective in (*OBJECTIVES, "all", "batch")]
 TRAINED = [f"train:{engine}:{cut}" for engine in ("f32", *DEEPSPEED) for cut in ("2x12", "2x4x3")]
-USERS, CANDIDATES, METRICS = 24, 4, 9
+USERS, CANDIDATES, METRICS = 24, 4, 10
 
 
 def tasks_of(world: int) -> list[str]:

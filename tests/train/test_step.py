@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,18 @@ from recray.lm.layout import candidate_layout
 from recray.lm.lora import add_adapter
 from recray.lm.scorer import ItemScorer, segments_of, sum_by_slot, to_device
 from recray.objectives import sharing
+from recray.objectives.family import Pool, ScoreBatch, losses
 from recray.objectives.margins import per_negative_margin
 from recray.objectives.napo import napo_loss
+from recray.objectives.registry import OBJECTIVES
 from recray.objectives.sdpo import sdpo_loss
+from recray.objectives.watching import WATCHED
 from recray.train.feeding import AlignFeed, Share, StreamFeed, windows_of
 from recray.train.order import Order, rows_of_step
 from recray.train.reference import scores_of_copy, scores_without_adapter
 from recray.train.step import AlignStep, MarginCentre, learning_rate_at, stream_step
 from recray.train.units import MicroBatch, Unit
+from recray.train.validation import ValidationRows, validate
 
 ORDER = Order(num_rows=24, global_batch=9, seed=5)
 
@@ -75,7 +80,8 @@ def by_autograd(world: Any, objective: Objective, step: int) -> tuple[float, lis
         margin = per_negative_margin(sure.double(), base=objective.margin_base, slope=objective.margin_slope)
         losses = napo_loss(ratio[:, 0], ratio[:, 1:], margin, usable, beta=objective.beta)
     else:
-        losses = sdpo_loss(ratio[:, 0], ratio[:, 1:], beta=objective.beta)
+        own = torch.ones(9, 4, dtype=torch.bool)
+        losses = sdpo_loss(ratio[:, 0], ratio[:, 1:], own, beta=objective.beta)
     loss = losses.mean()
     return loss.item(), list(torch.autograd.grad(loss, list(scorer.parameters())))
 
@@ -96,6 +102,120 @@ def test_the_gradient_is_that_of_the_whole_global_batch(world: Any, name: str, s
     assert result.metrics["loss"] == pytest.approx(loss, rel=1e-10)
     assert relative_error(engine.gradients, gradients) < 1e-10
     assert engine.boundaries == [False] * (len(unit.micro_batches) - 1) + [True]
+
+
+def drawn_by_step(world: Any, objective: Objective, share: Share) -> Tensor:
+    """The draw of each row of step 1, by its place, as the objective gets it."""
+    found = torch.zeros(9, dtype=torch.float64)
+    for rank in range(share.world_size):
+        unit = feed_of(world, share, objective).unit(1, rank)
+        step = AlignStep(objective, MarginCentre())
+        table = torch.zeros(9, 5, dtype=torch.float64)
+        batch = step._batch(table, table, unit, slice(None), 0.0)
+        found[batch.place] = batch.draw
+    return found
+
+
+def test_draws_are_the_rows_own_however_the_batch_is_cut(world: Any) -> None:
+    objective = Objective(name="rodpo")
+    whole = drawn_by_step(world, objective, Share(1, 10**6))
+    assert torch.equal(drawn_by_step(world, objective, Share(3, 70)), whole)
+    assert len(whole.unique()) == 9
+    assert ((whole >= 0) & (whole < 1)).all()
+
+
+def tokens_of(world: Any, items: np.ndarray) -> Tensor:
+    """How many tokens each item's score is a sum over: those of its title, and the end."""
+    lengths = torch.from_numpy(np.asarray(world.catalogue.item_lengths))
+    return lengths[torch.from_numpy(items.astype(np.int64))].double()
+
+
+def over_all(objective: Objective, policy: Tensor, reference: Tensor, unit: Unit, draw: Tensor) -> Tensor:
+    """The mean loss of a global batch that one rank has whole, with no score cut off from the graph."""
+    score = policy - reference if objective.uses_reference else policy
+    back = np.argsort(unit.arrays["place"])
+    usable, sure = (torch.from_numpy(unit.arrays[name][back]) for name in ("usable", "confidence"))
+    margin = per_negative_margin(sure.double(), base=objective.margin_base, slope=objective.margin_slope)
+    own, pool = torch.arange(9), Pool(score[:, 1:], usable, margin)
+    batch = ScoreBatch(score, policy, own, usable[own, own], sure[own, own].double(), draw, pool)
+    return losses(batch, objective.name, objective.settings).mean()
+
+
+FAMILY = [
+    *(Objective(name=name, beta=0.5) for name in OBJECTIVES),
+    *(
+        Objective(name=name, beta=0.5, length_normalised=not Objective(name=name).length_normalised)
+        for name in OBJECTIVES
+    ),
+    Objective(name="dmpo", beta=0.5, boundary=True, nll_weight=0.3),
+    Objective(beta=0.5, nll_weight=0.3, length_normalised=True),
+]
+
+
+@pytest.mark.parametrize("objective", FAMILY, ids=lambda each: f"{each.name}-{each.length_normalised}")
+def test_every_objectives_gradient_is_that_of_plain_autograd(world: Any, objective: Objective) -> None:
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    rng = np.random.default_rng(3)
+    every, reference = (torch.from_numpy(rng.normal(-30, 2, size=(9, 5))) for _ in range(2))
+    lengths = torch.from_numpy(rng.integers(2, 9, size=(9, 5)).astype(float)) if objective.length_normalised else None
+    found = AlignStep(objective, MarginCentre())._differentiate(every, reference, unit, lengths)
+    leaf = every.clone().requires_grad_()
+    length = 1.0 if lengths is None else lengths
+    loss = over_all(
+        objective, leaf / length, reference / length, unit, drawn_by_step(world, objective, Share(1, 10**6))
+    )
+    assert found.metrics["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(found.grad, torch.autograd.grad(loss, leaf)[0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [Share(1, 10**6), Share(1, 10**6, 3)])
+def test_scores_are_normalised_by_the_tokens_they_are_sums_over(world: Any, share: Share) -> None:
+    objective = Objective(beta=0.5, length_normalised=True, sharing_fraction=1.0)
+    engine = Recorder(world.scorer(torch.float64))
+    result = AlignStep(objective, MarginCentre())(
+        engine, feed_of(world, share, objective).unit(1, 0), learning_rate=0.0
+    )
+    scorer = world.scorer(torch.float64)
+    examples = world.shards.take(rows_of_step(ORDER, 1))
+    packed = to_device(candidate_layout(segments_of(world.catalogue, examples.histories, list(examples.items))), "cpu")
+    each = sum_by_slot(scorer(packed), packed).view(9, 5), torch.from_numpy(examples.reference)
+    policy, reference = (scores / tokens_of(world, examples.items) for scores in each)
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    loss = over_all(objective, policy, reference, unit, torch.zeros(9))
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert relative_error(engine.gradients, list(torch.autograd.grad(loss, list(scorer.parameters())))) < 1e-9
+
+
+def test_what_is_watched_is_the_same_however_a_batch_is_cut(world: Any) -> None:
+    objective = Objective(beta=0.5, sharing_fraction=1.0)
+    found = []
+    for share in (Share(1, 10**6), Share(1, 10**6, 3)):
+        unit = feed_of(world, share, objective).unit(1, 0)
+        metrics = AlignStep(objective, MarginCentre())(Recorder(world.scorer()), unit, learning_rate=0.0).metrics
+        found.append([metrics[name] for name in (*WATCHED, "log_pool")])
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
+    assert sum(found[0][:2]) == pytest.approx(1.0)
+    counts = unit.arrays["usable"].sum(axis=(1, 2))
+    assert found[0][-1] == pytest.approx(np.log(counts).mean(), rel=1e-6)
+
+
+def test_validation_reads_no_vectors_and_leaves_the_margins_average_alone(world: Any) -> None:
+    # The released code evaluates through its step: training vectors by validation row, and the average moves.
+    objective = Objective(margin="batch")
+    feed, rows = feed_of(world, Share(1, 10**6), objective), np.arange(6)
+    examples = world.shards.take(rows)
+    validation = ValidationRows(examples.histories, examples.items[:, 0].astype(np.int64), list(examples.items))
+    assert set(signature(validate).parameters) == {"engine", "catalogue", "rows", "token_budget"}
+    asked = {}
+    for between in ("nothing", "validation", "evaluated by the step"):
+        engine, step = Recorder(world.scorer()), AlignStep(objective, MarginCentre())
+        step(engine, feed.unit(0, 0), learning_rate=0.0)
+        if between == "validation":
+            validate(engine, world.catalogue, validation, token_budget=10**6)
+        elif between != "nothing":
+            step(engine, feed.unit(1, 0), learning_rate=0.0)
+        asked[between] = step(engine, feed.unit(2, 0), learning_rate=0.0).metrics["asked_margin"]
+    assert asked["validation"] == asked["nothing"] != asked["evaluated by the step"]
 
 
 def test_borrowed_negatives_send_gradient_through_their_owners_prompt(world: Any) -> None:
@@ -341,7 +461,8 @@ def test_borrowers_taken_in_chunks_add_up(world: Any, objective: Objective, in_s
     assert (chunked.grad - whole.grad).norm() <= 1e-12 * whole.grad.norm()
     torch.testing.assert_close(chunked.losses, whole.losses, rtol=1e-12, atol=0)
     assert chunked.metrics == pytest.approx(whole.metrics, rel=1e-12)
-    assert largest[1] >= 9 * 9 * 4
+    # What shares nothing makes no [B, G, N] at all.
+    assert (largest[1] >= 9 * 9 * 4) is objective.borrows
     assert largest[0] <= in_small_chunks
 
 
