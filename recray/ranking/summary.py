@@ -91,7 +91,7 @@ def summaries(
     first items shown, `@k` of the first k; coverage and Gini over the whole catalogue.
     """
     own = {model: measures(each, popularity, settings.ks) for model, each in ranked.items()}
-    found, counted = _resampled(own, users, settings)
+    found, counted = resampled(own, users, settings)
     models = [
         {"model": model, **counted, **found[model].named(settings), **_reach(each, popularity, settings)}
         for model, each in ranked.items()
@@ -130,7 +130,7 @@ def sliced(
     slices = []
     for part in parts:
         there = {model: {name: column[part.chosen] for name, column in by.items()} for model, by in own.items()}
-        found, counted = _resampled(there, codes[part.chosen], settings)
+        found, counted = resampled(there, codes[part.chosen], settings)
         counted = {"rows": counted["rows"], "of": len(users), "users": counted["users"]}
         by_model = {model: each.named(settings) for model, each in found.items()}
         slices.append({"by": part.by, "slice": part.name, **counted, "models": by_model})
@@ -218,7 +218,7 @@ def _kept(ranked: Ranked, ks: Sequence[int]) -> list[int]:
     return [k for k in ks if 1 < k <= ranked.recommended.shape[1]]
 
 
-class _Resampled(NamedTuple):
+class Resampled(NamedTuple):
     """Measures of one model or pair, and what the resamples of the users make of them."""
 
     names: list[str]  # [M]
@@ -226,12 +226,12 @@ class _Resampled(NamedTuple):
     mean: NDArray[np.float64]  # [M]
     resamples: NDArray[np.float64]  # [S, M]
 
-    def minus(self, other: "_Resampled") -> "_Resampled":
+    def minus(self, other: "Resampled") -> "Resampled":
         """Return the differences, which need no resampling of their own."""
         apart = self.sums - other.sums
         # A product of matrices may add equal columns in another order: what is equal must not differ by a rounding.
         differ = apart.any(axis=0)
-        return _Resampled(
+        return Resampled(
             self.names, apart, (self.mean - other.mean) * differ, (self.resamples - other.resamples) * differ
         )
 
@@ -241,9 +241,9 @@ class _Resampled(NamedTuple):
         return {name: _at(intervals, column) for column, name in enumerate(self.names)}
 
 
-def _resampled(
+def resampled(
     own: dict[str, Measures], users: NDArray[Any], settings: Settings
-) -> tuple[dict[str, _Resampled], dict[str, int]]:
+) -> tuple[dict[str, Resampled], dict[str, int]]:
     """Return the measures that all models have, from one resampling of the users, and how many rows and users."""
     names = [name for name in next(iter(own.values())) if all(name in found for found in own.values())]
     sums, rows_of_user = by_user(np.stack([found[name] for found in own.values() for name in names], axis=1), users)
@@ -252,7 +252,7 @@ def _resampled(
     found = {}
     for place, model in enumerate(own):
         at = slice(place * len(names), (place + 1) * len(names))
-        found[model] = _Resampled(names, sums[:, at], mean[at], resamples[:, at])
+        found[model] = Resampled(names, sums[:, at], mean[at], resamples[:, at])
     return found, {"rows": len(users), "users": len(rows_of_user)}
 
 
