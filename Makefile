@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test mutants check bench format clean
 
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Faults done on purpose to a copy of the tree; the fast tests have to see each.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py
 
 # Alone on the machine, or its times mean nothing.
 bench: $(STAMP)

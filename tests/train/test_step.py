@@ -124,6 +124,19 @@ def test_draws_are_the_rows_own_however_the_batch_is_cut(world: Any) -> None:
     assert ((whole >= 0) & (whole < 1)).all()
 
 
+def test_a_confidence_is_the_borrowers_in_the_owners_negative(world: Any) -> None:
+    unit = feed_of(world, Share(1, 10**6), Objective()).unit(1, 0)
+    examples = world.shards.take(rows_of_step(ORDER, 1))
+    sample = feed_of(world, Share(1, 10**6), Objective())._sample_vectors.numpy()
+    items = world.item_vectors.numpy()[examples.items[:, 1:]]
+    for sure, place in zip(unit.arrays["confidence"], unit.arrays["place"], strict=True):
+        liking, others = items @ examples.vector[place], sample @ examples.vector[place]
+        below = (others < liking[:, :, None] - 1e-5).mean(axis=2)
+        up_to = (others < liking[:, :, None] + 1e-5).mean(axis=2)
+        # Half a place of the 30 sampled: the last bit decides whether an item is level with itself.
+        np.testing.assert_allclose(sure, 0.5 - (below + up_to) / 2, atol=0.6 / 30)
+
+
 def tokens_of(world: Any, items: np.ndarray) -> Tensor:
     """How many tokens each item's score is a sum over: those of its title, and the end."""
     lengths = torch.from_numpy(np.asarray(world.catalogue.item_lengths))
