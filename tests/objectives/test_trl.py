@@ -1,8 +1,8 @@
 """Losses that TRL has as well, against values of its own code; TRL is no dependency.
 
-TRL 0.19.1, torch 2.x on a CPU, 2026-11: `DPOTrainer.dpo_loss` with loss_type "sigmoid" and no smoothing, and with
-label_smoothing 0.2; `CPOTrainer.cpo_loss` with loss_type "sigmoid" and, at simpo_gamma 0.5, "simpo". Its anchor is added
-elsewhere and left out. With no trainer around it, each was called on an object that has only the settings it reads.
+TRL 0.19.1 on a CPU, 2026-11: `DPOTrainer.dpo_loss` with loss_type "sigmoid", label_smoothing 0 and 0.2;
+`CPOTrainer.cpo_loss` with loss_type "sigmoid" and, at simpo_gamma 0.5, "simpo". Its anchor is added elsewhere and left
+out. With no trainer around it, each was called on an object that has only the settings it reads.
 """
 
 from collections.abc import Callable
