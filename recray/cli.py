@@ -31,6 +31,7 @@ STAGE_HELP = {
     "evaluate": "Rank the test split with every model and baseline.",
     "report": "Write the report of the run as one HTML file.",
     "tune": "Search over margin and number of negatives; not part of `run`.",
+    "compare": "Methods of alignment side by side, from one SFT model; not part of `run`.",
 }
 
 app = typer.Typer(
@@ -198,7 +199,7 @@ def _add_command(name: str, stages: tuple[str, ...] | None, summary: str) -> Cal
 
 _add_command("run", None, "The whole job: every stage that is not up to date, then the report.")
 for _name, _summary in STAGE_HELP.items():
-    if _name != "audit":
+    if _name not in ("audit", "compare"):
         _add_command(_name, (_name,), _summary)
 
 
@@ -224,6 +225,37 @@ def audit(
     _run(pipeline, workspace, ("ingest", "sequences", "audit"), _check_names(force or []))
     if _show_audit(workspace):
         raise typer.Exit(1)
+
+
+@app.command("compare", help=STAGE_HELP["compare"])
+def compare(
+    recipe: RecipeOption,
+    workspace: WorkspaceOption,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    force: ForceOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option("--objectives", metavar="A,B,...", help="Names, each with settings: 'dpo,napo margin=none'."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Runs of each objective.")] = None,
+) -> None:
+    """Compare methods in a workspace whose reference scores are there."""
+    import json
+
+    from pipelines.recipes import find
+
+    asked = list(settings or [])
+    if objectives is not None:
+        asked.append(f"compare.objectives={json.dumps([each.strip() for each in objectives.split(',')])}")
+    if seeds is not None:
+        asked.append(f"compare.seeds={seeds}")
+    pipeline = resolve(recipe, data=data, file=config, settings=asked, seed=seed, workers=workers)
+    _check_places(pipeline, needs_data=find(recipe).needs_data)
+    _run(pipeline, workspace, ("compare",), _check_names(force or []))
 
 
 def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str]) -> None:

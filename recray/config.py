@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -37,6 +37,45 @@ class Part(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Chosen(Part):
+    """A group with settings that hold under one choice only: elsewhere they are refused, and not written down."""
+
+    # Idle ones that are written down all the same: what was made before they could be idle stays up to date.
+    written: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def choice(self) -> str:
+        """What was chosen."""
+        raise NotImplementedError
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that do not hold under this choice."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _idle_ones_are_not_set(self) -> Self:
+        fields = type(self).model_fields
+        own = [name for name in fields if name not in self.idle]
+        wrong = [
+            f"{name}: not a setting of {self.choice}; the nearest is {difflib.get_close_matches(name, own, 1, 0.0)[0]}"
+            for name in self.idle
+            if getattr(self, name) != fields[name].default
+        ]
+        if wrong:
+            raise _refused("\n".join(wrong))
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_ones(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key not in self.idle or key in self.written}
+
+
+def _refused(wrong: str) -> PydanticCustomError:
+    """Return the error of a group whose lines begin with a setting's name."""
+    return PydanticCustomError("objective_setting", "{wrong}", {"wrong": wrong})
 
 
 class Columns(Part):
@@ -107,7 +146,7 @@ class Audit(Part):
     confidence: Fraction = 0.95
 
 
-class Users(Part):
+class Users(Chosen):
     """SASRec, the light auxiliary recommender."""
 
     dim: Count = 64
@@ -117,11 +156,42 @@ class Users(Part):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
     sampled_negatives: Count = Field(256, description="For sampled_softmax; shared by a batch.")
+    sampler: Literal[
+        "uniform", "popularity", "inverse_popularity", "in_batch", "mixed", "adaptive", "adaptive_mixed"
+    ] = Field("popularity", description="Of sampled negatives; for sampled_softmax.")
+    exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
+    uniform_share: Fraction = Field(0.5, description="Of sampled negatives, for mixed and adaptive_mixed.")
+    hardest: Count = Field(
+        64, description="Of the sampled negatives, those a target is compared with; for adaptive and adaptive_mixed."
+    )
     passes: Count = 30
     patience: Count = Field(3, description="Passes without a better validation NDCG@10 before it stops.")
     global_batch: Count = 128
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 0.0
+
+    @property
+    def choice(self) -> str:
+        """The loss, and the sampler where it has one."""
+        return self.loss if self.loss == "full_softmax" else f"{self.loss} with {self.sampler} negatives"
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings of other losses or samplers."""
+        of_samplers = {
+            "exponent": ("popularity", "inverse_popularity"),
+            "uniform_share": ("mixed", "adaptive_mixed"),
+            "hardest": ("adaptive", "adaptive_mixed"),
+        }
+        if self.loss == "full_softmax":
+            return ("sampler", *of_samplers)
+        return tuple(name for name, samplers in of_samplers.items() if self.sampler not in samplers)
+
+    @model_validator(mode="after")
+    def _hardest_are_among_the_sampled(self) -> Self:
+        if "hardest" not in self.idle and self.hardest > self.sampled_negatives:
+            raise _refused(f"hardest: {self.hardest}, more than users.sampled_negatives, {self.sampled_negatives}")
+        return self
 
 
 class LanguageModel(Part):
@@ -200,12 +270,94 @@ class Sft(Part):
     tokens_per_micro_batch: Count = 8192
 
 
-class Negatives(Part):
-    """Which items a positive is compared with."""
+class Negatives(Chosen):
+    """Which items a positive is compared with; see docs/negatives.md."""
 
-    sampler: Literal["uniform", "popularity"] = "uniform"
+    written: ClassVar[tuple[str, ...]] = ("exponent",)
+
+    sampler: Literal[
+        "uniform",
+        "popularity",
+        "inverse_popularity",
+        "in_batch",
+        "mixed",
+        "adaptive",
+        "adaptive_mixed",
+        "same_category",
+        "nearest",
+        "self_play",
+        "top_k_stochastic",
+    ] = "uniform"
     num: Count = 15
-    exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity.")
+    exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
+    batch_rows: Annotated[int, Field(ge=2)] = Field(
+        32, description="Rows whose targets stand for choice, for in_batch, mixed, adaptive and adaptive_mixed."
+    )
+    uniform_share: Fraction = Field(0.5, description="Of a row's negatives; the others are in-batch; for mixed.")
+    candidates: Count = Field(
+        100,
+        description="Uniform items that are scored, for adaptive_mixed (beside the batch's), self_play and "
+        "top_k_stochastic.",
+    )
+    nearest_from: Count = Field(11, description="Rank of nearness to the target, 1 the nearest item; for nearest.")
+    nearest_to: Count = Field(100, description="The last rank that is drawn from; for nearest.")
+    top_k: Count = Field(30, description="Best-scored candidates that are drawn from, for top_k_stochastic.")
+
+    @classmethod
+    def samplers(cls) -> dict[str, tuple[str, ...]]:
+        """Return the settings of each sampler, beside `num`."""
+        return {
+            "uniform": (),
+            "popularity": ("exponent",),
+            "inverse_popularity": ("exponent",),
+            "in_batch": ("batch_rows",),
+            "mixed": ("batch_rows", "uniform_share"),
+            "adaptive": ("batch_rows",),
+            "adaptive_mixed": ("batch_rows", "candidates"),
+            "same_category": (),
+            "nearest": ("nearest_from", "nearest_to"),
+            "self_play": ("candidates",),
+            "top_k_stochastic": ("candidates", "top_k"),
+        }
+
+    @property
+    def choice(self) -> str:
+        """The sampler."""
+        return self.sampler
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings of other samplers."""
+        own = {"sampler", "num", *self.samplers()[self.sampler]}
+        return tuple(name for name in type(self).model_fields if name not in own)
+
+    @property
+    def more_inputs(self) -> tuple[str, ...]:
+        """Stages that this sampler reads beside those that all do."""
+        if self.sampler in ("adaptive", "adaptive_mixed", "nearest"):
+            return ("users",)
+        return ("sft",) if self.sampler in ("self_play", "top_k_stochastic") else ()
+
+    @model_validator(mode="after")
+    def _there_are_enough(self) -> Self:
+        others = self.batch_rows - 1
+        to_choose_from = {
+            "in_batch": others,
+            "adaptive": others,
+            "adaptive_mixed": others + self.candidates,
+            "nearest": self.nearest_to - self.nearest_from + 1,
+            "self_play": self.candidates,
+            "top_k_stochastic": min(self.top_k, self.candidates),
+        }.get(self.sampler, self.num)
+        if to_choose_from < self.num:
+            own = ", ".join(f"negatives.{name}" for name in self.samplers()[self.sampler])
+            raise _refused(
+                f"num: {self.num} are wanted, but {self.sampler} has {max(0, to_choose_from)} items a row to choose "
+                f"from; lower it or change {own}"
+            )
+        if self.sampler == "top_k_stochastic" and self.top_k > self.candidates:
+            raise _refused(f"top_k: {self.top_k}, more than negatives.candidates, {self.candidates}")
+        return self
 
 
 class Reference(Part):
@@ -388,6 +540,19 @@ class Tune(Part):
     search: Literal["optuna", "random"] = "optuna"
 
 
+class Compare(Part):
+    """Methods of alignment side by side, from one SFT model, judged on the same test rows."""
+
+    objectives: tuple[str, ...] = Field(
+        ("sft", "cross_entropy", "dpo", "sdpo", "napo"),
+        min_length=1,
+        description="Each a name and, if wanted, settings of it or of align: `napo margin=none global_batch=64`.",
+    )
+    seeds: Count = Field(3, description="Runs of each: the pipeline's seed, and those after it.")
+    steps: Count | None = Field(None, description="Of each run. None: as align.")
+    seconds: Positive | None = Field(None, description="Of steps of each run, for equal time. None: as align.")
+
+
 class Resources(Part):
     """Where the work runs. Never part of a fingerprint: it changes the time, not the result."""
 
@@ -425,6 +590,7 @@ class Pipeline(Part):
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
     tune: Tune = Tune()
+    compare: Compare = Compare()
     resources: Resources = Resources()
 
     @model_validator(mode="after")
@@ -435,6 +601,14 @@ class Pipeline(Part):
                 f"align.num_negatives or tune.num_negatives asks for {wanted} negatives a row, but negatives.num "
                 f"draws {self.negatives.num}; raise negatives.num or lower the others"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compares_what_there_is(self) -> Self:
+        try:
+            variants(self)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")
@@ -474,6 +648,36 @@ class Pipeline(Part):
             if missing:
                 raise ValueError(f"sft.model.quantization is {self.sft.model.quantization}, which needs {what}")
         return self
+
+
+def variants(pipeline: Pipeline) -> dict[str, Align]:
+    """Return what `compare.objectives` asks for, by its text: `align` with these settings laid over it.
+
+    The pipeline's own objective keeps its settings there, another begins with its defaults.
+
+    Raises:
+        ConfigError: naming the text and what is wrong with it.
+    """
+    found = {}
+    for text in pipeline.compare.objectives:
+        name, *settings = text.split() or [""]
+        tree: dict[str, Any] = pipeline.align.model_dump(mode="json")
+        tree |= {key: value for key in ("steps", "seconds") if (value := getattr(pipeline.compare, key)) is not None}
+        if name != pipeline.align.objective.name:
+            tree["objective"] = {"name": name}
+        for setting in settings:
+            key, separator, value = setting.partition("=")
+            if not separator:
+                raise ConfigError(f"compare.objectives: {text!r}: {setting!r} has no '='; write napo margin=none")
+            path = key.split(".")
+            _lay_over(tree, _nested(path if path[0] in Align.model_fields else ["objective", *path], _value(value)))
+        try:
+            found[text] = Align.model_validate(tree)
+        except ValidationError as error:
+            known = [key.removeprefix("align.") for key in setting_names() if key.startswith("align.")]
+            lines = [_explain(problem, known) for problem in error.errors()]
+            raise ConfigError(f"compare.objectives: {text!r} refused:\n  " + "\n  ".join(lines)) from None
+    return found
 
 
 def override(pipeline: Pipeline, *, file: str | None = None, settings: list[str] | None = None) -> Pipeline:

@@ -78,6 +78,11 @@ class Workspace:
         info: pafs.FileInfo = self.fs.get_file_info(self.path(*parts))
         return bool(info.type != pafs.FileType.NotFound)
 
+    def names(self, *parts: str) -> list[str]:
+        """Return the names of what is in a folder; none where there is no such folder."""
+        selector = pafs.FileSelector(self.path(*parts), allow_not_found=True)
+        return sorted(info.base_name for info in self.fs.get_file_info(selector))
+
     def table(self, stage: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read a whole table of a finished stage.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from recray.config import Lora, Objective, Pipeline, override, setting_names, validated
+from recray.config import Lora, Objective, Pipeline, override, setting_names, validated, variants
 from recray.errors import ConfigError
 from recray.objectives import registry
 
@@ -139,3 +139,38 @@ def paths_of(tree: dict[str, object], prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, dict):
             yield from paths_of(value, f"{prefix}{key}.")
+
+
+WIDE = "napo margin=none global_batch=64"
+
+
+def test_a_comparison_lays_its_texts_over_align() -> None:
+    pipeline = override(
+        Pipeline(name="test"),
+        settings=[
+            "align.objective.beta=2",
+            f"compare.objectives={json.dumps(['napo', WIDE, 'sdpo optimiser.learning_rate=1e-5', 'sft'])}",
+            "compare.steps=7",
+        ],
+    )
+    found = variants(pipeline)
+    assert list(found) == list(pipeline.compare.objectives)
+    own, other, sdpo, sft = found.values()
+    assert (own.objective.name, own.objective.beta, own.global_batch) == ("napo", 2.0, pipeline.align.global_batch)
+    assert (other.objective.margin, other.objective.beta, other.global_batch) == ("none", 2.0, 64)
+    assert (sdpo.objective.beta, sdpo.optimiser.learning_rate) == (1.0, 1e-5)  # another objective: its own defaults
+    assert sft.objective.name == "sft"
+    assert {each.steps for each in found.values()} == {7}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dppo", r"'dppo' refused:\n  objective.name: no such objective; the nearest is 'dpo'"),
+        ("dpo margin_base=1", r"'dpo margin_base=1' refused:\n  objective.margin_base: not a setting of dpo"),
+        ("dpo beta", r"'beta' has no '='"),
+    ],
+)
+def test_a_comparison_that_can_not_be_is_refused_before_anything_starts(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(Pipeline(name="test"), settings=[f"compare.objectives={json.dumps([text])}"])

@@ -175,7 +175,7 @@ def changed(*settings: str) -> Pipeline:
 def test_the_stages_come_after_what_they_read() -> None:
     for place, name in enumerate(MAIN_JOB):
         assert set(STAGES[name].inputs) <= set(MAIN_JOB[:place])
-    assert set(STAGES) == set(MAIN_JOB) | {"tune"}
+    assert set(STAGES) == set(MAIN_JOB) | {"tune", "compare"}
 
 
 def test_a_second_run_does_nothing_and_says_so(

@@ -3,6 +3,7 @@
 Axes: R rows, C candidates (columns of shorter rows are padded and not `valid`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,8 @@ def best_first(scores: NDArray[Any], target_column: NDArray[Any], valid: NDArray
 def _refuse(faulty: NDArray[np.bool_], reason: str) -> None:
     if faulty.any():
         raise ValueError(f"row {int(np.flatnonzero(faulty)[0])} can't be ranked: {reason}")
+
+
+def headline(ks: Sequence[int]) -> int:
+    """Return the k by which models are judged: the largest up to 10, else the largest."""
+    return max([k for k in ks if k <= 10] or ks)

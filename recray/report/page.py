@@ -80,6 +80,38 @@ def render(contents: Contents) -> str:
     Nothing on it is loaded from elsewhere: style and pictures are inside. All text is escaped, titles of a catalogue
     above all.
     """
+    genres = None if contents.exposure is None else contents.exposure.get("genres")
+    return (
+        templates()
+        .get_template("page.html")
+        .render(
+            contents=contents,
+            summary=summary(contents.metrics, contents.differences, confidence=contents.confidence),
+            findings=findings(contents.differences, confidence=contents.confidence),
+            leaks=leaks(contents.audit),
+            audited=audit_sentence(contents.audit),
+            cold=cold_sentence(contents.slices),
+            slice_measure=tables.slice_measure(contents.slices),
+            bands=None if contents.exposure is None else contents.exposure.get("bands"),
+            genres=genres,
+            variety_ks=shown_ks(contents.metrics, genres),
+            varieties=varieties(contents.metrics, genres),
+            scores=_scores(contents.manifests),
+            measures=_table_measures(contents.metrics),
+            pictures=_pictures(contents),
+            fits=_fits(contents),
+            accounts=accounts(contents.manifests),
+            rankings=rankings(contents.manifests),
+            stages=_stages(contents),
+            total_seconds=sum(manifest.seconds for manifest in contents.manifests.values()),
+            versions=_versions(contents.manifests),
+            configuration=json.dumps(contents.pipeline, indent=2, ensure_ascii=False),
+        )
+    )
+
+
+def templates() -> Environment:
+    """Return what pages are made with: all text escaped, numbers and names written as everywhere."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -94,30 +126,7 @@ def render(contents: Contents) -> str:
         "model": tables.model_name,
         "measure": tables.measure_name,
     }
-    genres = None if contents.exposure is None else contents.exposure.get("genres")
-    return environment.get_template("page.html").render(
-        contents=contents,
-        summary=summary(contents.metrics, contents.differences, confidence=contents.confidence),
-        findings=findings(contents.differences, confidence=contents.confidence),
-        leaks=leaks(contents.audit),
-        audited=audit_sentence(contents.audit),
-        cold=cold_sentence(contents.slices),
-        slice_measure=tables.slice_measure(contents.slices),
-        bands=None if contents.exposure is None else contents.exposure.get("bands"),
-        genres=genres,
-        variety_ks=shown_ks(contents.metrics, genres),
-        varieties=varieties(contents.metrics, genres),
-        scores=_scores(contents.manifests),
-        measures=_table_measures(contents.metrics),
-        pictures=_pictures(contents),
-        fits=_fits(contents),
-        accounts=accounts(contents.manifests),
-        rankings=rankings(contents.manifests),
-        stages=_stages(contents),
-        total_seconds=sum(manifest.seconds for manifest in contents.manifests.values()),
-        versions=_versions(contents.manifests),
-        configuration=json.dumps(contents.pipeline, indent=2, ensure_ascii=False),
-    )
+    return environment
 
 
 def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

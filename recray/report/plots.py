@@ -39,6 +39,9 @@ VARIABLES = {
     **{colour: f"series-{place}" for place, colour in enumerate(SERIES)},
 }
 
+_CYCLE = ("model-aligned", "series-1", "group-1", "model-sasrec", "group-3", "series-2", "model-popularity", "group-2")
+_LONGEST_NAME = 26  # letters of a method's name beside its line
+
 MARKERS = {"popularity": "s", "cooccurrence": "D", "sasrec": "^", "sft": "o", "aligned": "o"}
 
 STYLE = {
@@ -103,7 +106,7 @@ TOGETHER = (
     ("Share of time waiting for data", ("train data_wait_share",)),
 )
 _EXACT = {"learning rate"}  # set, not measured: nothing to smooth
-_NOT_A_CURVE = {"kind", "step", "pass", "best_pass", "time"}
+_NOT_A_CURVE = {"kind", "step", "pass", "best_pass", "time", "seconds"}
 
 
 def curve_panels(lines: Sequence[Mapping[str, Any]], *, fit: str) -> list[Panel]:
@@ -162,6 +165,57 @@ def popularity_picture(metrics: Sequence[Entry], chosen_popularity: float | None
         axes.set_xlabel("training interactions of the first item shown, on average")
         axes.set_ylabel(measure_name(measure))
         return _svg(figure, f"{measure_name(measure)} of each model over the popularity of what it shows first")
+
+
+def paths_picture(paths: Mapping[str, tuple[Sequence[float], Sequence[float]]], over: str, measure: str) -> str | None:
+    """Return quality over what it cost: one line a method, named at its end; None without any point.
+
+    Args:
+        paths: of each method, (cost, quality) of its points.
+        over: what the cost is, for axis and description.
+        measure: what the quality is.
+    """
+    drawn = {method: path for method, path in paths.items() if path[0]}
+    if not drawn:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.3), dpi=72)
+        axes = figure.add_axes((0.12, 0.145, 0.6, 0.8))
+        for method, (x, y) in drawn.items():
+            colour = _placeholder(method_colour(method, list(paths)))
+            axes.plot(x, y, color=colour, linewidth=1.4, marker="o", markersize=3)
+        axes.margins(x=0.03, y=0.1)
+        axes.autoscale_view()
+        lowest = np.inf
+        for method, (x, y) in sorted(drawn.items(), key=lambda each: -each[1][1][-1]):
+            at = axes.transData.transform((x[-1], y[-1]))[1]
+            place = min(at, lowest - _LABEL_HEIGHT)
+            lowest = place
+            text = method if len(method) <= _LONGEST_NAME else method[: _LONGEST_NAME - 1] + "…"
+            axes.annotate(
+                text,
+                (x[-1], y[-1]),
+                (1.02, (place - axes.bbox.y0) / axes.bbox.height),
+                textcoords="axes fraction",
+                color=INK,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.6},
+            )
+        axes.grid(axis="y")
+        axes.set_xlabel(over)
+        axes.set_ylabel(f"validation {measure_name(measure)}")
+        return _svg(figure, f"Validation {measure_name(measure)} of each method over {over}")
+
+
+def method_colour(method: str, methods: Sequence[str]) -> str:
+    """Return the CSS variable of a method's colour on a page that compares them; baselines keep their own."""
+    if method in methods:
+        return _CYCLE[methods.index(method) % len(_CYCLE)]
+    return VARIABLES[_colour("sft" if method == "start" else method)]
+
+
+def _placeholder(variable: str) -> str:
+    return next(colour for colour, name in VARIABLES.items() if name == variable)
 
 
 def exposure_picture(exposure: Mapping[str, Any]) -> str:

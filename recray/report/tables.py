@@ -13,6 +13,7 @@ NAMES = {
     "sasrec": "SASRec",
     "sft": "SFT",
     "aligned": "Aligned",
+    "start": "SFT, the start",
 }
 
 Entry = Mapping[str, Any]  # one object of metrics.json, differences.json or slices.json

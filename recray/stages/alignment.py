@@ -48,6 +48,7 @@ class Alignment:
     num_negatives: int
     seed: int
     reference: str  # recray.config.Reference.source
+    watch_seed: int  # of the sample of validation rows
 
 
 def write_examples(workspace: Workspace, name: str) -> int:
@@ -71,8 +72,10 @@ def write_examples(workspace: Workspace, name: str) -> int:
     return int(table.num_rows)
 
 
-def alignment(workspace: Workspace, part: Align, seed: int, examples: str) -> Alignment:
-    """Return a checked setting.
+def alignment(
+    workspace: Workspace, part: Align, seed: int, examples: str, *, watch_seed: int | None = None
+) -> Alignment:
+    """Return a checked setting; `watch_seed` is of the sample of validation rows, as `seed` where it is None.
 
     Raises:
         ConfigError: if it asks for more negatives than were drawn, or for fewer than the prompts show.
@@ -87,7 +90,8 @@ def alignment(workspace: Workspace, part: Align, seed: int, examples: str) -> Al
             f"align.num_negatives is {wanted}, but the prompt template shows all {drawn} negatives that were drawn and "
             f"reference scores are under those prompts; set negatives.num={wanted}"
         )
-    return Alignment(workspace, examples, part, wanted, seed, source)
+    watched = seed if watch_seed is None else watch_seed
+    return Alignment(workspace, examples, part, wanted, seed, source, watched)
 
 
 def run_alignment(
@@ -166,7 +170,7 @@ def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
         add_adapter(model, part.lora, seed=setting.seed)
     chosen = part.optimiser
     engine = engine_of(model, chosen)
-    rows = validation_rows(workspace, part.validation_rows, setting.seed)
+    rows = validation_rows(workspace, part.validation_rows, setting.watch_seed)
     centre = MarginCentre()
     step = None
     if part.objective.name != "sft":

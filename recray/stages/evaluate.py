@@ -11,23 +11,19 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy
 
-from recray.config import Evaluate, Resources
+from recray.config import Evaluate
 from recray.data.examples import sample_of
 from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.forms import Form, best_form, forms_of
 from recray.ranking.genres import Genres
-from recray.ranking.ragged import padded
+from recray.ranking.metrics import headline
 from recray.ranking.rows import (
-    Batch,
     DotProducts,
-    Scorer,
     batch_of,
     flat_lists,
     lists,
-    rank_rows,
     refuse_faulty,
     target_ranks,
 )
@@ -44,21 +40,21 @@ from recray.ranking.summary import (
 )
 from recray.ranking.validity import validity, written_rows
 from recray.stages.flow import Job
-from recray.workspace import Workspace
+from recray.stages.scoring import (
+    ROWS_AT_ONCE,
+    OpenedModel,
+    OpenScorer,
+    Training,
+    counting_scorer,
+    in_forms,
+    language_scorer,
+    rank_on_replicas,
+    read_ranked,
+    replicas,
+    training_of,
+)
 
 logger = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 256  # what a model is handed; it cuts by its own token budget below that
-
-OpenScorer = Callable[[], Scorer]
-
-
-class Training(NamedTuple):
-    """What the counting models know: the training histories, end to end."""
-
-    items: NDArray[Any]
-    lengths: NDArray[np.int64]
-    num_items: int
 
 
 class Model(NamedTuple):
@@ -76,7 +72,7 @@ def run(job: Job) -> None:
         DataError: if there are no test rows, one is faulty, or a model did not rank each of them once.
         ModelError: if a model can't be loaded or scores NaN.
     """
-    training = _training(job.workspace)
+    training = training_of(job.workspace)
     test = job.workspace.table("sequences", "test").sort_by("row")
     if test.num_rows == 0:
         raise DataError("sequences/test has no rows, so there is nothing to evaluate; see sequences.test_fraction")
@@ -87,7 +83,7 @@ def run(job: Job) -> None:
         _rank(job, model, training)
         seconds[model.name] = round(time.monotonic() - started, 1)
         logger.info("evaluate: %s ranked %s rows in %.1f s", model.name, f"{test.num_rows:,}", seconds[model.name])
-    ranked = {model.name: _ranked(job, model.name, test) for model in MODELS}
+    ranked = {model.name: read_ranked(job.workspace.fs, job.out.path("rows"), model.name, test) for model in MODELS}
     job.out.counts["rows"] = test.num_rows * len(MODELS)
     job.out.facts["seconds"] = seconds
     _write_freely(job, test)
@@ -96,11 +92,11 @@ def run(job: Job) -> None:
 
 def _popularity(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001  every opener is called alike
     counts = item_popularity(training.items, training.num_items)
-    return partial(_counting_scorer, ray.put(Popularity(counts)))
+    return counting_scorer(Popularity(counts))
 
 
 def _cooccurrence(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
-    return partial(_counting_scorer, ray.put(Cooccurrence.of(*training)))
+    return counting_scorer(Cooccurrence.of(*training))
 
 
 def _sasrec(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
@@ -110,7 +106,7 @@ def _sasrec(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
 
 def _language_model(stage: str) -> Callable[[Job, Training], OpenScorer]:
     def opener(job: Job, training: Training) -> OpenScorer:  # noqa: ARG001
-        return partial(_language_scorer, _Opened.of(job, stage), _chosen_form(job, stage))
+        return language_scorer(_opened(job, stage), _chosen_form(job, stage))
 
     return opener
 
@@ -137,86 +133,25 @@ PAIRS = (
 )
 
 
-def _counting_scorer(stored: Any) -> Scorer:
-    """Return a counting model from the object store, where its arrays are shared and not copied."""
-    model: Popularity | Cooccurrence = ray.get(stored)
-
-    def score(batch: Batch) -> list[NDArray[Any]]:
-        return model(batch.histories, batch.candidates)
-
-    return score
-
-
-class _Opened(NamedTuple):
-    """What a process far away needs to open a language model."""
-
-    workspace: Workspace
-    stage: str
-    tokens_per_micro_batch: int
-    threads: int
-
-    @classmethod
-    def of(cls, job: Job, stage: str) -> "_Opened":
-        """Return what it takes under a job's settings."""
-        return cls(job.workspace, stage, job.part.tokens_per_micro_batch, job.resources.threads_per_worker)
-
-    def writer(self) -> Any:
-        """Return the model as a `recray.lm.generate.Writer`."""
-        import torch
-
-        from recray.lm.generate import load_writer
-
-        torch.set_num_threads(self.threads)
-        folder = self.workspace.folder(self.stage, "model")
-        return load_writer(folder, tokens_per_micro_batch=self.tokens_per_micro_batch)
-
-    def __call__(self) -> Any:
-        """Return the model as a `recray.lm.scorer.LoadedScorer`."""
-        # Imported here: torch and transformers take seconds, which replicas of the counting models need not wait.
-        import torch
-
-        from recray.lm.scorer import LoadedScorer
-
-        torch.set_num_threads(self.threads)
-        folder = self.workspace.folder(self.stage, "model")
-        return LoadedScorer(folder, tokens_per_micro_batch=self.tokens_per_micro_batch)
-
-
-def _language_scorer(opened: _Opened, form: Form) -> Scorer:
-    """Return a language model's scorer, its folder opened where it is used: this may be another machine."""
-    scorer = opened()
-
-    def score(batch: Batch) -> list[NDArray[Any]]:
-        (found,) = _in_forms(scorer, [form], batch.histories, batch.candidates)
-        return found
-
-    return score
-
-
-def _in_forms(
-    scorer: Any, forms: list[Form], histories: list[NDArray[Any]], candidates: list[NDArray[Any]]
-) -> list[list[NDArray[Any]]]:
-    """Return the rows' scores in each form."""
-    summed = scorer(histories, candidates)
-    priors = scorer.prior(candidates) if any(form.needs_prior for form in forms) else [None] * len(summed)
-    tokens = [scorer.catalogue.item_lengths[items] for items in candidates]
-    return [[form(*each) for each in zip(summed, tokens, priors, strict=True)] for form in forms]
-
-
 class RankForms:
     """A replica of one language model that ranks validation rows in several forms of its score."""
 
-    def __init__(self, opened: _Opened, forms: list[Form]) -> None:
+    def __init__(self, opened: OpenedModel, forms: list[Form]) -> None:
         self._scorer, self._forms = opened(), forms
 
     def __call__(self, table: pa.Table) -> dict[str, NDArray[np.int64]]:
         """Return the rank of each row's target, a column a form."""
         histories, candidates = lists(table["history"]), lists(table["candidates"])
         targets = table["target"].to_numpy().astype(np.int64)
-        scores = _in_forms(self._scorer, self._forms, histories, candidates)
+        scores = in_forms(self._scorer, self._forms, histories, candidates)
         return {
             str(form): target_ranks(own, candidates, targets) for form, own in zip(self._forms, scores, strict=True)
         }
+
+
+def _opened(job: Job, stage: str) -> OpenedModel:
+    folder = (stage, "model")
+    return OpenedModel(job.workspace, folder, job.part.tokens_per_micro_batch, job.resources.threads_per_worker)
 
 
 def _chosen_form(job: Job, stage: str) -> Form:
@@ -227,13 +162,13 @@ def _chosen_form(job: Job, stage: str) -> Form:
         return forms[0]
     rows = job.workspace.table("sequences", "validation", columns=["row", "history", "target", "candidates"])
     rows = sample_of(rows, part.validation_rows, job.seed)
-    k = _headline(part.ks)
+    k = headline(part.ks)
     ranked = ray.data.from_arrow(rows).map_batches(
         RankForms,
-        fn_constructor_args=(_Opened.of(job, stage), forms),
+        fn_constructor_args=(_opened(job, stage), forms),
         batch_format="pyarrow",
         batch_size=ROWS_AT_ONCE,
-        **_replicas(job.resources, accelerated=True),
+        **replicas(job.resources, accelerated=True),
     )
     columns = ranked.to_pandas()
     best, found = best_form(forms, columns[[str(form) for form in forms]].to_numpy(), k)
@@ -244,32 +179,10 @@ def _chosen_form(job: Job, stage: str) -> Form:
     return best
 
 
-def _replicas(resources: Resources, *, accelerated: bool) -> dict[str, Any]:
-    """Return what Ray Data is told about replicas of a model."""
-    return {
-        "compute": ActorPoolStrategy(min_size=1, max_size=resources.data_actors),
-        "num_cpus": resources.cpus_per_worker,
-        "num_gpus": resources.gpus_per_worker if accelerated else 0,
-    }
-
-
-class RankRows:
-    """A replica of one model that ranks batches of evaluation rows."""
-
-    def __init__(self, model: str, open_scorer: OpenScorer, keep: int) -> None:
-        self._model = model
-        self._scorer = open_scorer()
-        self._keep = keep
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the rows of `schema.RANKED_ROWS` for rows of `schema.EVALUATION`."""
-        return rank_rows(table, self._scorer(batch_of(table)), model=self._model, keep=self._keep)
-
-
 class WriteRows:
     """A replica of one language model that writes the next item of evaluation rows freely."""
 
-    def __init__(self, model: str, opened: _Opened) -> None:
+    def __init__(self, model: str, opened: OpenedModel) -> None:
         self._model = model
         self._write = opened.writer()
 
@@ -308,10 +221,10 @@ def _written(job: Job, model: str, stage: str, rows: pa.Table) -> pa.Table:
     at_once = min(ROWS_AT_ONCE, -(-rows.num_rows // job.resources.data_actors))
     ray.data.from_arrow(rows).repartition(target_num_rows_per_block=at_once).map_batches(
         WriteRows,
-        fn_constructor_args=(model, _Opened.of(job, stage)),
+        fn_constructor_args=(model, _opened(job, stage)),
         batch_format="pyarrow",
         batch_size=at_once,
-        **_replicas(job.resources, accelerated=True),
+        **replicas(job.resources, accelerated=True),
     ).write_parquet(job.out.path("written"), filesystem=job.out.fs)
     every = pads.dataset(job.out.path("written"), filesystem=job.out.fs, format="parquet")
     written = every.to_table(filter=pads.field("model") == model).sort_by("row")
@@ -320,37 +233,17 @@ def _written(job: Job, model: str, stage: str, rows: pa.Table) -> pa.Table:
     return written
 
 
-def _training(workspace: Workspace) -> Training:
-    histories = workspace.table("sequences", "histories", columns=["items"])
-    items = workspace.table("ingest", "items", columns=["item"])
-    return Training(*flat_lists(histories["items"]), items.num_rows)
-
-
 def _rank(job: Job, model: Model, training: Training) -> None:
     """Write one model's ranked rows beside those of the others."""
-    rows = ray.data.read_parquet(job.workspace.path("sequences", "test"), filesystem=job.workspace.fs)
-    ranked = rows.repartition(target_num_rows_per_block=ROWS_AT_ONCE).map_batches(
-        RankRows,
-        fn_constructor_args=(model.name, model.opener(job, training), job.part.keep_ranked),
-        batch_format="pyarrow",
-        batch_size=ROWS_AT_ONCE,
-        **_replicas(job.resources, accelerated=model.needs_accelerator),
+    ranked = rank_on_replicas(
+        ray.data.read_parquet(job.workspace.path("sequences", "test"), filesystem=job.workspace.fs),
+        model.name,
+        model.opener(job, training),
+        keep=job.part.keep_ranked,
+        resources=job.resources,
+        accelerated=model.needs_accelerator,
     )
     ranked.write_parquet(job.out.path("rows"), filesystem=job.out.fs)
-
-
-def _ranked(job: Job, model: str, test: pa.Table) -> Ranked:
-    """Read one model's rows back in the order of the test rows, none missing and none twice."""
-    written = pads.dataset(job.out.path("rows"), filesystem=job.out.fs, format="parquet")
-    table = written.to_table(columns=["row", "rank", "ranked"], filter=pads.field("model") == model)
-    table = table.sort_by("row")
-    if not np.array_equal(table["row"].to_numpy(), test["row"].to_numpy()):
-        raise DataError(
-            f"{model} ranked {table.num_rows} rows, but sequences/test has {test.num_rows}, "
-            "each of them to be ranked once"
-        )
-    recommended, _ = padded(*flat_lists(table["ranked"]), fill=-1)
-    return Ranked(table["rank"].to_numpy().astype(np.int64), recommended.astype(np.int64))
 
 
 def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDArray[np.int64]) -> None:
@@ -359,16 +252,16 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
     settings = Settings(part.ks, part.bootstrap_samples, part.confidence, job.seed)
     users = test["user_id"].to_numpy(zero_copy_only=False).astype(str)
     found = summaries(ranked, PAIRS, users, popularity, settings)
-    headline = _headline(part.ks)
-    tests = paired_tests(ranked, PAIRS, users, headline, job.seed)
+    k = headline(part.ks)
+    tests = paired_tests(ranked, PAIRS, users, k, job.seed)
     paired = [{**each, "test": test} for each, test in zip(found.pairs, tests, strict=True)]
     targets = test["target"].to_numpy()
     parts = sliced(ranked, slices(flat_lists(test["history"])[1], targets, popularity), users, settings)
     job.out.write_json("metrics.json", found.models)
     job.out.write_json("differences.json", paired)
     job.out.write_json("slices.json", parts)
-    job.out.write_json("exposure.json", _exposure(job, ranked, test, popularity, headline))
-    shown = f"ndcg@{headline}"
+    job.out.write_json("exposure.json", _exposure(job, ranked, test, popularity, k))
+    shown = f"ndcg@{k}"
     job.out.facts |= {
         "test_rows": test.num_rows,
         "users": len(np.unique(users)),
@@ -380,7 +273,7 @@ def _sum_up(job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDA
 
 
 def _exposure(
-    job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDArray[np.int64], headline: int
+    job: Job, ranked: dict[str, Ranked], test: pa.Table, popularity: NDArray[np.int64], k: int
 ) -> dict[str, Any]:
     """Return what is shown, by popularity and by genre."""
     targets, met = test["target"].to_numpy(), flat_lists(test["history"])[0]
@@ -388,14 +281,9 @@ def _exposure(
     genres = Genres.of(*flat_lists(items["genres"]))
     return {
         **exposure(ranked, targets, popularity),
-        "bands": band_hit_rates(ranked, targets, popularity, headline),
-        "genres": genre_exposure(ranked, met, targets, genres, sorted({1, headline})),
+        "bands": band_hit_rates(ranked, targets, popularity, k),
+        "genres": genre_exposure(ranked, met, targets, genres, sorted({1, k})),
     }
-
-
-def _headline(ks: tuple[int, ...]) -> int:
-    """Return the k by which models are judged: the largest up to 10."""
-    return max([k for k in ks if k <= 10] or ks)
 
 
 def _on_cold(parts: list[dict[str, Any]], measure: str, rows: int) -> dict[str, Any]:

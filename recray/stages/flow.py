@@ -20,6 +20,7 @@ class Stage(NamedTuple):
     name: str
     version: int  # raise it when the same settings and inputs give another output
     inputs: tuple[str, ...]
+    lays_over: tuple[str, ...] = ()  # further parts of the settings that decide its output
 
 
 STAGES = {
@@ -39,11 +40,12 @@ STAGES = {
             4,
             ("ingest", "sequences", "audit", "users", "sft", "negatives", "reference", "align", "evaluate"),
         ),
-        Stage("tune", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
+        Stage("tune", 2, ("ingest", "sequences", "users", "sft", "negatives", "reference"), ("align",)),
+        Stage("compare", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference"), ("align", "evaluate")),
     )
 }
 
-MAIN_JOB = tuple(name for name in STAGES if name != "tune")
+MAIN_JOB = tuple(name for name in STAGES if name not in ("tune", "compare"))
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def _due(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool)
     """Return what makes a stage run, or None if it is up to date."""
     part: Part = getattr(pipeline, stage.name)
     settings = part.model_dump(mode="json")
+    settings |= {name: getattr(pipeline, name).model_dump(mode="json") for name in stage.lays_over}
     inputs = _input_prints(pipeline, workspace, stage)
     print_now = fingerprint(stage.name, stage.version, settings, pipeline.seed, inputs)
     done = workspace.manifest(stage.name)

@@ -157,11 +157,7 @@ def write_fitted(
     """
     with TemporaryDirectory(prefix="recray-model-") as name:
         folder, adapter = Path(name) / "model", Path(name) / "adapter"
-        with fitted.weights() as file:
-            if lora is None:
-                write_weights(file, start, folder)
-            else:
-                write_adapted(file, start, folder, adapter, lora=lora, base=base)
+        write_best(fitted, start, folder, adapter, lora=lora, base=base)
         if lora is not None:
             out.write_folder("adapter", adapter)
         out.write_folder("model", folder)
@@ -172,6 +168,17 @@ def write_fitted(
     out.workspace.fs.delete_dir(log_folder(out.workspace, run))
     out.counts["steps"] = fitted.progress.step
     out.facts |= _facts(fitted)
+
+
+def write_best(
+    fitted: Fitted, start: Path, folder: Path, adapter: Path, *, lora: Lora | None, base: str | None = None
+) -> None:
+    """Write a fit's best weights to `folder` as a recommender like `start`; an adapter's own also to `adapter`."""
+    with fitted.weights() as file:
+        if lora is None:
+            write_weights(file, start, folder)
+        else:
+            write_adapted(file, start, folder, adapter, lora=lora, base=base)
 
 
 def write_weights(weights_file: Path, start: Path, folder: Path) -> None:

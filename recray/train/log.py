@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-NOT_DRAWN = ("kind", "step", "rows")
+NOT_DRAWN = ("kind", "step", "rows", "seconds")
 
 
 class MetricsLog:

@@ -236,7 +236,7 @@ class _Run:
             progress.stale += 1
             state = f"best {progress.best:.4f} at step {progress.best_step}"
         if self.context.rank == 0:
-            self.log.write("validation", progress.step, metrics)
+            self.log.write("validation", progress.step, {**metrics, "seconds": progress.seconds})
             logger.info("step %d: %s %.4f, %s", progress.step, WATCHED, metrics[WATCHED], state)
         self.context.report({**metrics, f"best_{WATCHED}": progress.best, "step": float(progress.step)})
         self.write()

@@ -125,7 +125,7 @@ def test_ids_are_unique(contents: Contents) -> None:
 
 
 def test_every_colour_a_picture_asks_for_has_a_value_in_both_schemes() -> None:
-    style = Path(plots.__file__).with_name("page.html").read_text(encoding="utf-8")
+    style = Path(plots.__file__).with_name("style.css").read_text(encoding="utf-8")
     light, dark = style.split("prefers-color-scheme: dark", 1)
     for name in plots.VARIABLES.values():
         assert f"--{name}:" in light

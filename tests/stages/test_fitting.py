@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recray.config import Pipeline, override
-from recray.errors import WorkspaceError
+from recray.config import Compare, Pipeline, Resources, override
+from recray.errors import RecrayError, WorkspaceError
 from recray.lm.layout import stream_layout
 from recray.lm.lora import load_adapter
 from recray.lm.scorer import ItemScorer, score_rows
-from recray.stages.alignment import alignment
-from recray.stages.fitting import unit_dataset
+from recray.ranking.metrics import ndcg
+from recray.ranking.rows import lists, target_ranks
+from recray.stages import compare
+from recray.stages.alignment import Alignment, alignment, run_alignment
+from recray.stages.fitting import Fitted, unit_dataset
 from recray.stages.flow import run_stages
 from recray.stages.recommender import open_from, validation_rows
 from recray.stages.tune import trials_at_once
@@ -186,6 +189,46 @@ def test_a_search_tries_its_points_on_what_is_there_and_writes_the_best(
     assert chosen.num_negatives == trials[0]["num_negatives"]
     assert chosen.objective.margin_base == pytest.approx(trials[0]["margin_base"])
     assert chosen.steps == tiny_pipeline.align.steps
+
+
+def test_a_comparison_that_was_interrupted_goes_on_and_ranks_the_same_rows(
+    aligned: Workspace, tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Compare(objectives=("dpo", "napo margin=none"), seeds=1, steps=3)
+    pipeline = tiny_pipeline.model_copy(update={"compare": given})
+    fitted = []
+
+    def fit(setting: Alignment, resources: Resources, *, run: str, name: str) -> Fitted:
+        if len(fitted) == 1 and name not in fitted:
+            fitted.append(name)
+            raise RecrayError("the machine went away")
+        fitted.append(name)
+        return run_alignment(setting, resources, run=run, name=name)
+
+    monkeypatch.setattr(compare, "run_alignment", fit)
+    with pytest.raises(RecrayError, match="went away"):
+        run_stages(pipeline, aligned, ("compare",), force=NONE)
+    run_stages(pipeline, aligned, ("compare",), force=NONE)
+    names = [f"compare {method}, seed 0" for method in given.objectives]
+    assert fitted == [names[0], names[1], names[1]]  # what was done is not done again
+    runs = aligned.json("compare", "runs.json")
+    assert [(run["method"], run["steps"]) for run in runs] == [("dpo", 3), ("napo margin=none", 3)]
+    assert [point["step"] for point in runs[0]["curve"]] == [0, 3]
+    models = {entry["model"]: entry for entry in aligned.json("compare", "metrics.json")}
+    assert list(models) == ["popularity", "cooccurrence", "start", *given.objectives]
+    # The start is ranked as the SFT model ranks the test rows.
+    test = aligned.table("sequences", "test")
+    model, catalogue = open_from(aligned, "sft", "model")
+    candidates = lists(test["candidates"])
+    scores = score_rows(
+        ItemScorer(model).eval(), catalogue, lists(test["history"]), candidates, tokens_per_micro_batch=4096
+    )
+    expected = ndcg(target_ranks(scores, candidates, test["target"].to_numpy()), 10).mean()
+    assert models["start"]["ndcg@10"]["value"] == pytest.approx(expected)
+    pairs = aligned.json("compare", "differences.json")
+    assert {pair["minus"] for pair in pairs} == {"start"}
+    assert "Against the SFT model" in Path(aligned.path("compare", "comparison.html")).read_text()
+    assert not [name for name in aligned.names(".training") if name.startswith("compare-")]
 
 
 def test_trials_leave_a_cpu_to_the_data(tiny_pipeline: Pipeline) -> None:
