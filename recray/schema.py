@@ -16,6 +16,7 @@ seeded shuffle, so the number carries nothing of the order in which a catalogue 
     users/items               one an item: its SASRec vector
     users/train|validation|test   one a row of the split of that name: the user's vector after `history`
     negatives/train           one a row of sequences/train
+    negatives/pools           one a row of sequences/train, for samplers that draw from a model's top list
     reference/train           one a row of sequences/train
     evaluate/rows             one a (model, row of sequences/test)
     evaluate/written          one a (language model, row of a sample of sequences/test)
@@ -78,6 +79,17 @@ EVALUATION = pa.schema(
 ITEM_VECTORS = pa.schema([("item", ITEM), ("vector", VECTOR)])
 ROW_VECTORS = pa.schema([("row", pa.int64()), ("vector", VECTOR)])
 NEGATIVES = pa.schema([("row", pa.int64()), ("negatives", ITEMS)])  # prefix-nested: the first N of any larger draw
+# How many of a row's negatives are its sampler's own, where one has a fallback for the others.
+COUNTED_NEGATIVES = NEGATIVES.append(pa.field("own", pa.int32()))
+
+POOLS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("version", pa.int32()),  # of the model: 0 is sft/model
+        ("items", ITEMS),  # candidates that the row's user did not meet, best first
+        ("scores", pa.list_(pa.float32())),  # log pi(item | prompt of row), nats, summed over the item's tokens
+    ]
+)
 
 REFERENCE = pa.schema(
     [

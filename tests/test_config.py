@@ -1,15 +1,29 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from recray.config import Lora, Objective, Pipeline, override, setting_names, validated, variants
+from recray.config import Lora, Negatives, Objective, Pipeline, Users, override, setting_names, validated, variants
 from recray.errors import ConfigError
 from recray.objectives import registry
 
 PIPELINE = Pipeline(name="test")
+
+
+def test_settings_of_other_samplers_are_not_written_down() -> None:
+    assert Negatives().model_dump() == {"sampler": "uniform", "num": 15, "exponent": 1.0}  # as it was with two samplers
+    assert set(Negatives(sampler="nearest").model_dump()) == {
+        *("sampler", "num", "exponent", "nearest_from", "nearest_to"),
+    }
+    assert "sampler" not in Users().model_dump()
+    assert {"sampler", "hardest", "uniform_share"} <= set(
+        Users(loss="sampled_softmax", sampler="adaptive_mixed").model_dump()
+    )
+    switched = override(PIPELINE, settings=["negatives.sampler=in_batch", "negatives.batch_rows=64"])
+    assert validated(switched.model_dump(mode="json")) == switched
 
 
 def test_a_pipeline_is_frozen() -> None:
@@ -99,6 +113,13 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
         (["sequences.split=random"], ["sequences.split", "time_cut", "random"]),
         (["align.steps"], ["align.steps", "="]),
         (["align.num_negatives=64"], ["64", "negatives.num"]),
+        (["negatives.sampler=mixed", "negatives.exponent=2"], ["negatives.exponent", "mixed", "nearest is"]),
+        (["negatives.sampler=in_batch", "negatives.num=40"], ["40", "31 items a row", "negatives.batch_rows"]),
+        (["negatives.sampler=nearest", "negatives.nearest_to=12"], ["15", "2 items a row", "negatives.nearest_from"]),
+        (["negatives.sampler=top_k_stochastic", "negatives.top_k=200"], ["200", "negatives.candidates, 100"]),
+        (["users.sampler=uniform"], ["users.sampler", "full_softmax", "sampled_negatives"]),
+        (["users.loss=sampled_softmax", "users.hardest=9"], ["users.hardest", "popularity negatives"]),
+        (["users.loss=sampled_softmax", "users.sampler=adaptive", "users.hardest=257"], ["257", "256"]),
         (["align=3"], ["align"]),
     ],
 )
@@ -130,6 +151,11 @@ def test_every_setting_that_is_named_can_be_set() -> None:
     for name in registry.names():  # of an objective's settings, those it reads are written down
         objective = Objective(name=name, **(on if registry.settings_of(name) else {}))
         found |= set(paths_of({"align": {"objective": objective.model_dump(mode="json")}}))
+    for sampler in Negatives.samplers():
+        found |= set(paths_of({"negatives": Negatives(sampler=sampler).model_dump(mode="json")}))
+        if sampler in get_args(Users.model_fields["sampler"].annotation):
+            users = Users(loss="sampled_softmax", sampler=sampler)
+            found |= set(paths_of({"users": users.model_dump(mode="json")}))
     assert set(setting_names()) <= found
     assert validated(json.loads(PIPELINE.model_dump_json())) == PIPELINE
 

@@ -16,6 +16,7 @@ catalogue is long, so `patience` grows with that; it doesn't depend on N, or lar
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
@@ -25,7 +26,14 @@ from numpy import ndarray
 Place = Callable[[Float[ndarray, "R K"]], Int[ndarray, "R K"]]
 
 CELLS_AT_ONCE = 1 << 21  # draws in memory: 16 MiB each of hashes, keys and order
-_DRAW, _RACE = 1, 2  # the two uses of chance, kept apart
+_DRAW, _RACE, LISTED = 1, 2, 3  # the uses of chance, kept apart; the last orders what a row's own list holds
+
+
+class Drawn(NamedTuple):
+    """Negatives, and how many of each row's are what the sampler is for; its fallback found the others."""
+
+    negatives: Int[ndarray, "R N"]  # int32
+    own: Int[ndarray, " R"]
 
 
 def distinct(
@@ -64,6 +72,24 @@ def distinct(
         keys = np.unique(owners * len(weights) + met)
         negatives[part] = _chunk(rows[part], keys, num, seed, place, weights)
     return negatives
+
+
+def by_weight(weights: Float[ndarray, " I"]) -> Place:
+    """Return what places chances on items in proportion to their weights."""
+    cumulative = np.cumsum(weights)
+    last = int(np.max(np.flatnonzero(weights), initial=0))
+
+    def place(chance: Float[ndarray, "R K"]) -> Int[ndarray, "R K"]:
+        # Rounding may carry the largest chances to the very end, beyond the last item that can be drawn.
+        found = np.searchsorted(cumulative, chance * cumulative[-1], side="right")
+        return np.asarray(np.minimum(found, last))
+
+    return place
+
+
+def another_seed(seed: int, use: int) -> int:
+    """Return a seed that is as good as independent of this one and of that of any other use."""
+    return int(np.random.SeedSequence([seed, use]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def chances(seed: int, rows: Int[ndarray, " R"], counters: Int[ndarray, " K"], use: int) -> Float[ndarray, "R K"]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from recray.negatives.draws import distinct
+from recray.negatives.draws import by_weight, distinct
 
 
 def draw(
@@ -38,15 +38,7 @@ def draw(
         ValueError: if a row has fewer than `num` items left; names the row and the counts.
     """
     likely = weights(frequency=frequency, exponent=exponent)
-    cumulative = np.cumsum(likely)
-
-    def place(chance: Float[ndarray, "R K"]) -> Int[ndarray, "R K"]:
-        # Rounding may carry the largest chances to the very end, beyond the last item that can be drawn.
-        found = np.searchsorted(cumulative, chance * cumulative[-1], side="right")
-        last = int(np.flatnonzero(likely)[-1])
-        return np.asarray(np.minimum(found, last))
-
-    return distinct(rows, met_items, met_offsets, num=num, seed=seed, place=place, weights=likely)
+    return distinct(rows, met_items, met_offsets, num=num, seed=seed, place=by_weight(likely), weights=likely)
 
 
 def weights(*, frequency: Int[ndarray, " I"], exponent: float) -> Float[ndarray, " I"]:

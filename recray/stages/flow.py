@@ -153,7 +153,7 @@ def _input_prints(pipeline: Pipeline, workspace: Workspace, stage: Stage) -> dic
         module = importlib.import_module("recray.data.logs")
         return {"data": module.data_print(pipeline.ingest)}
     prints = {}
-    for name in stage.inputs:
+    for name in (*stage.inputs, *getattr(getattr(pipeline, stage.name), "more_inputs", ())):
         manifest = workspace.require(name)
         settings = getattr(pipeline, name).model_dump(mode="json")
         if manifest.part != settings or manifest.seed != pipeline.seed:
