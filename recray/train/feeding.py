@@ -150,6 +150,8 @@ class AlignFeed:
         self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
     ) -> dict[str, ndarray]:
         """Return who may use which negative, and the borrower's confidence in each."""
+        if not self._objective.borrows:
+            return self._own(examples, items, mine)
         place, user = torch.from_numpy(mine), torch.from_numpy(examples.user)
         vectors = torch.from_numpy(examples.vector)
         negatives = items[:, 1:]
@@ -170,9 +172,20 @@ class AlignFeed:
                 liking += float((products(vectors[own], vector).reshape(shape).double() * may).sum())
         return {"usable": usable, "confidence": sure, "liking_sum": np.array([liking])}
 
+    def _own(self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> dict[str, ndarray]:
+        """Return the same for objectives that look at nobody else's negatives: confidences in those are left at 0."""
+        usable = np.zeros((mine.size, *items[:, 1:].shape), dtype=bool)
+        sure = np.zeros(usable.shape, dtype=np.float32)
+        vectors = torch.from_numpy(examples.vector)
+        for row, place in enumerate(mine.tolist()):
+            vector = self._item_vectors[torch.from_numpy(items[place, 1:].astype(np.int64))]
+            usable[row, place] = True
+            sure[row, place] = confidence(vectors[place : place + 1], vector, self._sample_vectors)[0].numpy()
+        return {"usable": usable, "confidence": sure, "liking_sum": np.zeros(1)}
+
     def _lends(self, vectors: Tensor, place: Tensor, user: Tensor) -> Tensor:
         settings = self._objective
-        if not settings.borrows or settings.sharing == "none":
+        if settings.sharing == "none":
             return own_only(place, len(user))
         similar = similarity(vectors[place], vectors, cosine=settings.similarity == "cosine")
         if settings.sharing == "threshold":

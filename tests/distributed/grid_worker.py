@@ -40,6 +40,9 @@ OBJECTIVES = {
     "dpo": Objective(name="dpo", beta=0.5),
     "batch": Objective(beta=0.5, margin="batch"),
     "detached": Objective(beta=0.5, detach_shared=True),
+    "normalised": Objective(beta=0.5, length_normalised=True, nll_weight=0.2),  # whose lengths travel, too
+    "rodpo": Objective(name="rodpo", beta=0.5),  # with a draw a row
+    "dynamicpo": Objective(name="dynamicpo", beta=0.5),
     "all": Objective(beta=0.5, sharing="threshold", sharing_threshold=-1.0, guard=False),
 }
 WHOLE = 10**6  # tokens: no budget

@@ -137,6 +137,15 @@ def test_a_confidence_is_the_borrowers_in_the_owners_negative(world: Any) -> Non
         np.testing.assert_allclose(sure, 0.5 - (below + up_to) / 2, atol=0.6 / 30)
 
 
+def test_what_shares_nothing_has_its_own_part_as_if_it_shared(world: Any) -> None:
+    shared, own = (feed_of(world, Share(2, 70), Objective(name=name)).unit(1, 1).arrays for name in ("napo", "recpo"))
+    assert own["place"].tolist() == shared["place"].tolist()
+    mine = np.arange(own["place"].size), own["place"]
+    np.testing.assert_array_equal(own["confidence"][mine], shared["confidence"][mine])
+    assert own["usable"][mine].all()
+    assert own["usable"].sum() == own["usable"][mine].size
+
+
 def tokens_of(world: Any, items: np.ndarray) -> Tensor:
     """How many tokens each item's score is a sum over: those of its title, and the end."""
     lengths = torch.from_numpy(np.asarray(world.catalogue.item_lengths))
