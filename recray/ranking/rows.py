@@ -144,7 +144,7 @@ def rank_rows(table: pa.Table, scores: list[NDArray[Any]], *, model: str, keep: 
 
 
 def target_ranks(
-    scores: list[NDArray[Any]], candidates: list[NDArray[Any]], targets: NDArray[np.int64]
+    scores: list[NDArray[Any]], candidates: list[NDArray[Any]], targets: NDArray[Any]
 ) -> NDArray[np.int64]:
     """Return the rank of each row's target among its candidates, ties against us; [R].
 

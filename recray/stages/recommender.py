@@ -21,8 +21,10 @@ from recray.lm.lora import add_adapter, merge_adapter, save_adapter
 from recray.lm.scorer import ItemScorer
 from recray.ranking.rows import refuse_faulty
 from recray.stages.fitting import Feed, Fitted, log_folder
+from recray.train.collapse import collapse
 from recray.train.engine import Engine, kept_names, make_engine
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of
+from recray.train.loop import WATCHED
 from recray.train.order import Order
 from recray.train.validation import ValidationRows
 from recray.workspace import StageOutput, Workspace
@@ -214,6 +216,7 @@ def _facts(fitted: Fitted) -> dict[str, Any]:
         "best_validation_ndcg@10": progress.best,
         "training_seconds": round(progress.seconds, 1),
         "skipped_steps": progress.skipped,
+        "collapsed": collapse(fitted.metrics, WATCHED) is not None,
     }
 
 

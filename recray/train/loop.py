@@ -20,6 +20,7 @@ from recray.errors import (
     StopRequestedError,
 )
 from recray.train.checkpoint import CheckpointWriter, Saved, folder_of
+from recray.train.collapse import collapse
 from recray.train.context import Notice, WorkerContext
 from recray.train.engine import Engine
 from recray.train.log import MetricsLog
@@ -238,6 +239,9 @@ class _Run:
         if self.context.rank == 0:
             self.log.write("validation", progress.step, {**metrics, "seconds": progress.seconds})
             logger.info("step %d: %s %.4f, %s", progress.step, WATCHED, metrics[WATCHED], state)
+            collapsed = collapse(self.log.lines(), WATCHED)
+            if collapsed is not None:
+                logger.warning("step %d: %s", progress.step, collapsed)
         self.context.report({**metrics, f"best_{WATCHED}": progress.best, "step": float(progress.step)})
         self.write()
 

@@ -25,7 +25,7 @@ from recray.train.order import Order, rows_of_step
 
 STEPS = 20
 TRACE = [digest(rows_of_step(Order(60, 12, 5), step).tolist()) for step in range(STEPS)]
-TIMES = ("tokens_per_s", "data_wait_share")
+TIMES = ("seconds", "tokens_per_s", "data_wait_share")
 
 
 def newest(place: Path) -> Saved:

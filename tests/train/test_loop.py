@@ -132,6 +132,9 @@ def test_the_clock_ends_a_run_at_a_validation(tmp_path: Path) -> None:
     assert progress.step == 3
 
 
+TIMES = ("seconds", "tokens_per_s", "data_wait_share")
+
+
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
     scores = [0.1, 0.3, 0.5, 0.2, 0.4]
     whole, engine, log = run(tmp_path / "whole", scores, plan_of())
@@ -144,7 +147,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
         assert torch.equal(tensor, resumed.whole_weights()[name])
 
     def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "data_wait_share")} for line in lines]
+        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
     assert without_times(log_again.lines()) == without_times(log.lines())
     assert torch.equal(*(best_weights(path)["weight"] for path in (tmp_path / "whole", folder)))
