@@ -24,8 +24,9 @@ from recray.distributed.collectives import sum_over_ranks, world
 from recray.errors import DataError, ModelError
 from recray.ranking.metrics import hit_rate, ndcg, ranks
 from recray.train.order import Order, rows_of_step
-from recray.users.losses import full_softmax, sampled_softmax
+from recray.users.losses import full_softmax, hardest_softmax, sampled_softmax
 from recray.users.ragged import Ragged, padded, take, windows
+from recray.users.sampling import HARDEST, proposal
 from recray.users.sasrec import SASRec, user_vectors
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,13 @@ class _Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.proposal = proposal(rows, model.shape.num_items)
+        self.proposal = proposal(
+            settings.sampler,
+            np.bincount(rows.items, minlength=model.shape.num_items),
+            settings.sampled_negatives,
+            exponent=settings.exponent,
+            uniform_share=settings.uniform_share,
+        )
 
     def one_pass(self, steps: range) -> float:
         """Take these steps and return the mean loss of a target, in nats."""
@@ -160,9 +167,20 @@ class _Trainer:
         table = self.model.items.weight
         if self.settings.loss == "full_softmax":
             return full_softmax(states, table, batch.targets), len(batch.targets)
-        drawn, expected = sampled(self.proposal, self.settings.sampled_negatives, self.seed, step)
-        negatives, log_expected = torch.from_numpy(drawn).to(device), torch.from_numpy(expected).to(device)
-        return sampled_softmax(states, table, batch.targets, negatives, log_expected), len(batch.targets)
+        loss = self.sampled(states, table, batch.targets, step)
+        return loss, len(batch.targets)
+
+    def sampled(
+        self, states: Float[Tensor, "T D"], table: Float[Tensor, "I D"], targets: Int[Tensor, " T"], step: int
+    ) -> Float[Tensor, ""]:
+        """Return the summed loss of these targets against the negatives of the step, the same on every rank."""
+        everyone = rows_of_step(self.order, step) if self.proposal.from_batch else np.empty(0, dtype=np.int64)
+        drawn, expected = self.proposal.drawn(take(self.rows, everyone).items, seed=self.seed, step=step)
+        if self.settings.sampler in HARDEST:
+            different = torch.from_numpy(np.unique(drawn)).to(table.device)
+            return hardest_softmax(states, table, targets, different, self.settings.hardest)
+        negatives, log_expected = (torch.from_numpy(each).to(table.device) for each in (drawn, expected))
+        return sampled_softmax(states, table, targets, negatives, log_expected)
 
     def reduced(self, loss: Float[Tensor, ""], count: int) -> Float[Tensor, " 2"]:
         """Put the global batch's mean gradient into the parameters; return its (summed loss, number of targets)."""
@@ -183,22 +201,6 @@ def batch_of(rows: Ragged, device: torch.device) -> Batch:
     lengths = torch.from_numpy(rows.lengths - 1).to(device)
     # The model puts its start first, so its state at a place is the one before that place's item.
     return Batch(every[:, :-1], lengths, tokens, every.flatten()[tokens])
-
-
-def proposal(rows: Ragged, num_items: int) -> Float[ndarray, " I"]:
-    """Return how likely each item is to be a sampled negative: by training frequency, plus 1 so that all may be."""
-    counts = np.bincount(rows.items, minlength=num_items) + 1.0
-    return np.asarray(counts / counts.sum())
-
-
-def sampled(
-    chance: Float[ndarray, " I"], number: int, seed: int, step: int
-) -> tuple[Int[ndarray, " S"], Float[ndarray, " S"]]:
-    """Return the negatives of a step and the log of how often each was to be expected; the same on every rank."""
-    places = np.random.default_rng([seed, step]).random(number)
-    cumulative = np.cumsum(chance)
-    drawn = np.searchsorted(cumulative, places * cumulative[-1], side="right")
-    return drawn, np.log(number * chance[drawn]).astype(np.float32)
 
 
 def validated(model: SASRec, validation: Validation, *, rows_at_once: int = 512) -> tuple[float, float]:

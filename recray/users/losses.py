@@ -109,3 +109,35 @@ def sampled_softmax(
     logits = logits.masked_fill(negatives == targets[:, None], -torch.inf)
     every = torch.cat([positive[:, None], logits], dim=1)
     return (every.logsumexp(dim=1) - positive).sum()
+
+
+def hardest_softmax(
+    states: Float[Tensor, "T D"],
+    items: Float[Tensor, "I D"],
+    targets: Int[Tensor, " T"],
+    negatives: Int[Tensor, " S"],
+    hardest: int,
+) -> Float[Tensor, ""]:
+    r"""Return the summed cross-entropy of the targets among themselves and their hardest negatives, in nats.
+
+        sum_t  log( exp(h_t . v_{y_t})  +  sum_{s in A_t} exp(h_t . v_{n_s}) )  -  h_t . v_{y_t}
+
+    A_t are the `hardest` of the sample with the highest scores now, without the target; all of it where it is smaller.
+    Nothing is corrected for how often an item is drawn: what is kept of a sample is chosen by score, so the sum stands
+    for no sum over the catalogue.
+
+    Args:
+        states: [T, D] h, one a token.
+        items: [I, D] v, the whole catalogue.
+        targets: [T] y, the item that came next.
+        negatives: [S] n, each once, shared by all tokens.
+        hardest: A, how many are kept for each token.
+
+    Reference: Prakash et al., "Evaluating Performance and Bias of Negative Sampling in Large-Scale Sequential
+    Recommendation Models", https://arxiv.org/abs/2410.17276.
+    """
+    positive = (states * items[targets]).sum(dim=1)
+    logits = (states @ items[negatives].T).masked_fill(negatives == targets[:, None], -torch.inf)
+    kept = logits.topk(min(hardest, len(negatives)), dim=1).values
+    every = torch.cat([positive[:, None], kept], dim=1)
+    return (every.logsumexp(dim=1) - positive).sum()

@@ -1,4 +1,4 @@
-"""One rank of a fit over gloo: `python fit_worker.py RANK WORLD STORE OUT LOSS`."""
+"""One rank of a fit over gloo: `python fit_worker.py RANK WORLD STORE OUT SAMPLER`, '' for a full softmax."""
 
 import json
 import sys
@@ -16,12 +16,14 @@ from recray.users.fit import fit  # noqa: E402
 from recray.users.sasrec import SASRec, Shape, save  # noqa: E402
 
 
-def main(rank: int, world: int, store: str, out: str, loss: str) -> None:
+def main(rank: int, world: int, store: str, out: str, sampler: str) -> None:
     """Fit two passes and save the model and its curve, on rank 0."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    settings = Users(loss=loss, sampled_negatives=16, passes=2, global_batch=7, dropout=0.0)  # 7: unequal shares
+    hard = {"hardest": 5} if sampler.startswith("adaptive") else {}
+    sampled = {"loss": "sampled_softmax", "sampler": sampler, "sampled_negatives": 16, **hard} if sampler else {}
+    settings = Users(**sampled, passes=2, global_batch=7, dropout=0.0)  # 7: unequal shares
     model = SASRec(Shape(NUM_ITEMS, 8, 1, 2, 6, 0.0), seed=0)
     histories, validation = histories_and_validation(40)
     curve = fit(model, histories, validation, settings, seed=1, report=lambda _: None)

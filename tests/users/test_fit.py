@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ import torch
 from recray.config import Users
 from recray.errors import DataError, ModelError
 from recray.ranking.metrics import ndcg, ranks
+from recray.train.order import Order, rows_of_step
 from recray.users import fit as fitting
-from recray.users.fit import Validation, batch_of, fit, proposal, sampled, validated
+from recray.users.fit import Validation, batch_of, fit, validated
 from recray.users.ragged import from_lengths, padded, take, windows
 from recray.users.sasrec import SASRec, Shape, load
 
@@ -50,12 +51,13 @@ def _settings(**changes: Any) -> Users:
     return Users(**{"global_batch": 16, "learning_rate": 1e-2, "passes": 12, "dropout": 0.1, **changes})
 
 
-@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
-def test_learns_a_rule_that_popularity_can_not(loss: str) -> None:
+@pytest.mark.parametrize("sampler", ["", "popularity", "in_batch", "adaptive_mixed"])
+def test_learns_a_rule_that_popularity_can_not(sampler: str) -> None:
     histories, validation = WALKS.histories_and_validation()
     model = SASRec(SHAPE, seed=0)
     lines: list[dict[str, Any]] = []
-    curve = fit(model, histories, validation, _settings(loss=loss, sampled_negatives=64), seed=0, report=lines.append)
+    sampled = {"loss": "sampled_softmax", "sampler": sampler, "sampled_negatives": 64} if sampler else {}
+    curve = fit(model, histories, validation, _settings(**sampled), seed=0, report=lines.append)
     assert lines == curve
     candidates, valid = padded(validation.candidates)
     frequency = np.bincount(histories.items, minlength=WALKS.NUM_ITEMS).astype(float)
@@ -90,13 +92,13 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone() -> None:
     assert not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
-def test_two_ranks_are_one(tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize("sampler", ["", "popularity"])
+def test_two_ranks_are_one(tmp_path: Path, sampler: str) -> None:
     worker = str(Path(__file__).parent / "fit_worker.py")
     running = []
     for world in (1, 2):
         for rank in range(world):
-            arguments = [rank, world, tmp_path / f"store-{world}", tmp_path / f"out-{world}", loss]
+            arguments = [rank, world, tmp_path / f"store-{world}", tmp_path / f"out-{world}", sampler]
             running.append(
                 subprocess.Popen(
                     [sys.executable, worker, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -112,6 +114,21 @@ def test_two_ranks_are_one(tmp_path: Path, loss: str) -> None:
     for a, b in zip(*curves, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["validation_ndcg@10"] == pytest.approx(a["validation_ndcg@10"], abs=1e-3)
+
+
+@pytest.mark.parametrize("sampler", get_args(Users.model_fields["sampler"].annotation))
+def test_the_loss_of_a_batch_is_the_sum_over_its_ranks(sampler: str) -> None:
+    histories, _ = WALKS.histories_and_validation(20)
+    rows = windows(histories, SHAPE.max_history + 1)
+    order = Order(rows.num_lists, 9, 0)
+    hard = {"hardest": 5} if sampler.startswith("adaptive") else {}
+    settings = _settings(loss="sampled_softmax", sampler=sampler, sampled_negatives=16, **hard)
+    trainer = fitting._Trainer(SASRec(SHAPE, seed=0).eval(), rows, settings, 0, order)
+    mine = rows_of_step(order, 2)
+    whole, targets = trainer.loss(mine, 2)
+    shares = [trainer.loss(mine[rank::4], 2) for rank in range(4)]
+    torch.testing.assert_close(sum(loss for loss, _ in shares), whole)
+    assert sum(count for _, count in shares) == targets
 
 
 def test_ranks_share_a_batch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,17 +156,6 @@ def test_every_item_is_predicted_from_the_items_before_it() -> None:
     for state, (items, seen) in zip(states, alone, strict=True):
         inputs = torch.tensor([items[:-1]])
         torch.testing.assert_close(state, model(inputs, torch.tensor([len(items) - 1]))[0, seen])
-
-
-def test_sampled_negatives_follow_the_proposal_and_the_step() -> None:
-    histories = from_lengths(np.array([0, 0, 0, 1], dtype=np.int32), np.array([4]))
-    chance = proposal(windows(histories, 5), 3)
-    np.testing.assert_allclose(chance, [4 / 7, 2 / 7, 1 / 7])
-    drawn, expected = sampled(chance, 70_000, 0, 1)
-    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), chance, atol=0.01)
-    np.testing.assert_allclose(expected, np.log(70_000 * chance[drawn]), rtol=1e-6)
-    assert np.array_equal(sampled(chance, 50, 0, 1)[0], sampled(chance, 50, 0, 1)[0])
-    assert not np.array_equal(sampled(chance, 50, 0, 1)[0], sampled(chance, 50, 0, 2)[0])
 
 
 def test_validation_in_plain_loops() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from recray.users.losses import full_softmax, sampled_softmax
+from recray.users.losses import full_softmax, hardest_softmax, sampled_softmax
 
 
 def _problem(tokens: int = 13, items: int = 29, dim: int = 5, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,3 +99,35 @@ def test_the_correction_makes_the_sum_over_the_sample_unbiased() -> None:
         found.append(sampled_softmax(states, table, targets, torch.from_numpy(drawn), expected).exp().item())
     wanted = full_softmax(states, table, targets).exp().item()
     assert np.mean(found) == pytest.approx(wanted, abs=4 * np.std(found) / math.sqrt(len(found)))
+
+
+def test_hardest_softmax_in_plain_loops() -> None:
+    states, table, targets = _problem()
+    negatives = torch.tensor([0, 4, 9, 20, 28])
+    targets[2] = 4
+    total = 0.0
+    for state, target in zip(states.tolist(), targets.tolist(), strict=True):
+        scores = [math.exp(sum(a * b for a, b in zip(state, row, strict=True))) for row in table.tolist()]
+        others = sorted((scores[item] for item in negatives.tolist() if item != target), reverse=True)[:2]
+        total -= math.log(scores[target] / (scores[target] + sum(others)))
+    assert hardest_softmax(states, table, targets, negatives, 2).item() == pytest.approx(total)
+
+
+def test_the_hardest_of_all_items_are_the_full_softmax() -> None:
+    states, table, targets = _problem()
+    hardest = hardest_softmax(states, table, targets, torch.arange(len(table)), 10 * len(table))
+    full = full_softmax(states, table, targets)
+    torch.testing.assert_close(hardest, full)
+    torch.testing.assert_close(
+        torch.autograd.grad(hardest, (states, table)), torch.autograd.grad(full, (states, table))
+    )
+
+
+def test_only_the_hardest_learn_anything() -> None:
+    states, table, targets = _problem(tokens=1)
+    negatives = torch.tensor([item for item in range(0, len(table), 3) if item != int(targets[0])])
+    (grad,) = torch.autograd.grad(hardest_softmax(states, table, targets, negatives, 2), table)
+    touched = set(grad.abs().sum(dim=1).nonzero()[:, 0].tolist())
+    scores = (table[negatives] @ states[0]).tolist()
+    wanted = [item for _, item in sorted(zip(scores, negatives.tolist(), strict=True))[-2:]]
+    assert touched == {int(targets[0]), *wanted}
