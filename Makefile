@@ -21,6 +21,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_scoring --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_checkpoint --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_global_batch --out benchmarks/results
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_negatives --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_audit --out benchmarks/results
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_evaluation --out benchmarks/results
 
