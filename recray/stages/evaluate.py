@@ -171,7 +171,7 @@ def _chosen_form(job: Job, stage: str) -> Form:
         **replicas(job.resources, accelerated=True),
     )
     columns = ranked.to_pandas()
-    best, found = best_form(forms, columns[[str(form) for form in forms]].to_numpy(), k)
+    best, found = best_form(forms, columns[[str(form) for form in forms]].to_numpy(dtype=np.int64), k)
     logger.info(
         "evaluate: %s is ranked by its %s log-probability, best on %d validation rows", stage, best, len(columns)
     )
