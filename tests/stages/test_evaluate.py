@@ -158,12 +158,13 @@ def test_ranks_are_those_of_each_models_own_scores(evaluated: Workspace) -> None
 def test_the_form_of_the_score_is_the_best_on_validation_rows(evaluated: Workspace) -> None:
     table = evaluated.table("sequences", "validation")
     histories, candidates = lists(table["history"]), lists(table["candidates"])
+    targets = table["target"].to_numpy().astype(np.int64)
     for stage in ("sft", "align"):
         scorer = LoadedScorer(evaluated.folder(stage, "model"), tokens_per_micro_batch=512)
         expected = {}
         for form in FORMS:
             scores = _in_form(form, scorer, histories, candidates)
-            expected[str(form)] = ndcg(target_ranks(scores, candidates, table["target"].to_numpy()), 10).mean()
+            expected[str(form)] = ndcg(target_ranks(scores, candidates, targets), 10).mean()
         fact = evaluated.require("evaluate").facts["score"][stage]
         assert fact["validation ndcg@10"] == pytest.approx(expected)
         assert fact["chosen"] == max(expected, key=lambda name: expected[name])
