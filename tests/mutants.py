@@ -5,19 +5,22 @@ python tests/mutants.py [NAME ...]
 Ends with `N of N mutants killed`, and with 1 if one was not. A name, or part of one, runs those faults only.
 """
 
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("recray", "pipelines", "tests", "pyproject.toml")
 AT_ONCE = 2
+HEAVY = ("torch", "numpy", "pyarrow", "pydantic")
 OBJECTIVES = (
     "tests/objectives/test_values.py",
     "tests/objectives/test_dynamicpo.py",
@@ -241,6 +244,13 @@ FAULTS = (
 )
 
 
+class Outcome(NamedTuple):
+    """How tests ended: pytest's status, and what it said."""
+
+    status: int
+    said: str
+
+
 def killed(fault: Fault) -> bool:
     """Return whether the fault's tests fail on a copy of the tree that has it.
 
@@ -250,14 +260,14 @@ def killed(fault: Fault) -> bool:
     with TemporaryDirectory(prefix="recray-mutant-") as folder:
         root = copied(Path(folder) / "tree")
         (root / "recray" / fault.file).write_text(fault.source(root), encoding="utf-8")
-        done = tested(root, fault.tests)
-        if done.returncode not in (0, FAILED):
-            raise RuntimeError(f"{fault.name}: the tests did not run\n{done.stdout}{done.stderr}")
-        return done.returncode == FAILED
+        found = tested(root, fault.tests)
+    if found.status not in (0, FAILED):
+        raise RuntimeError(f"{fault.name}: the tests did not run\n{found.said}")
+    return found.status == FAILED
 
 
-def without_fault(tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Return how these tests ended on the tree as it is."""
+def without_fault(tests: tuple[str, ...]) -> Outcome:
+    """Return how these tests end on the tree as it is."""
     with TemporaryDirectory(prefix="recray-mutant-") as folder:
         return tested(copied(Path(folder) / "tree"), tests)
 
@@ -274,30 +284,38 @@ def copied(root: Path) -> Path:
     return root
 
 
-def tested(root: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Return how these tests ended on the tree at `root`, which comes before any that is installed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [*command, f"--basetemp={root.parent / 'temp'}", *tests],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def tested(root: Path, tests: tuple[str, ...]) -> Outcome:
+    """Run these tests on the tree at `root`; only once in a process, whose modules are that tree's from then on."""
+    os.chdir(root)
+    sys.path.insert(0, str(root))  # before any that is installed
+    sys.dont_write_bytecode = True
+    said = root.parent / "said.txt"
+    with said.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={root.parent / 'temp'}", *tests]
+    status = int(pytest.main(arguments))
+    sys.stdout.flush()
+    if not all(str(root) in str(module.__file__) for name, module in sys.modules.items() if name == "recray"):
+        raise RuntimeError(f"another recray than the one at {root} was tested")
+    return Outcome(status, said.read_text(encoding="utf-8", errors="replace"))
 
 
 def main(names: list[str]) -> int:
-    """Do the faults of these names, or all; print a line each and the count; return the status to exit with."""
+    """Do the faults of these names, or all; print a line each and the count; return the status to exit with.
+
+    Each in a process of its own that is forked from this one, which has what takes long to import.
+    """
+    for library in HEAVY:
+        importlib.import_module(library)
     chosen = [fault for fault in FAULTS if not names or any(name in fault.name for name in names)]
     started, count = time.monotonic(), 0
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for sound in pool.map(without_fault, {fault.tests: None for fault in chosen}):
-            if sound.returncode:
-                print(sound.stdout, sound.stderr, "they fail without any fault: nothing can be told", sep="\n")
+    with multiprocessing.get_context("fork").Pool(AT_ONCE, maxtasksperchild=1) as pool:
+        for sound in pool.imap(without_fault, {fault.tests: None for fault in chosen}):
+            if sound.status:
+                print(sound.said, "they fail without any fault: nothing can be told", sep="\n")
                 return 2
-        for fault, dead in zip(chosen, pool.map(killed, chosen), strict=True):
+        for fault, dead in zip(chosen, pool.imap(killed, chosen, chunksize=1), strict=True):
             count += dead
             print(f"{'killed' if dead else 'SURVIVED'}  {fault.name}", flush=True)
     print(f"{time.monotonic() - started:.0f} s")
