@@ -11,7 +11,17 @@ import pytest
 from recray.config import Negatives, Part, Pipeline, Resources, Users
 from recray.errors import DataError
 from recray.negatives.met import met_in_training
-from recray.schema import CATALOGUE, EVALUATION, EXAMPLES, HISTORIES, ITEM_VECTORS, NEGATIVES, ROW_VECTORS
+from recray.negatives.registry import SAMPLERS
+from recray.schema import (
+    CATALOGUE,
+    COUNTED_NEGATIVES,
+    EVALUATION,
+    EXAMPLES,
+    HISTORIES,
+    ITEM_VECTORS,
+    NEGATIVES,
+    ROW_VECTORS,
+)
 from recray.stages import negatives as negatives_stage
 from recray.stages import users as users_stage
 from recray.stages.flow import Job
@@ -20,6 +30,17 @@ from recray.users.sasrec import item_vectors, load, user_vectors
 from recray.workspace import Manifest, Workspace
 
 NUM_ITEMS, NUM_USERS = 60, 40
+# Little to choose from, so that some rows have to fall back.
+SMALL: dict[str, dict[str, Any]] = {
+    "popularity": {},
+    "inverse_popularity": {},
+    "in_batch": {"batch_rows": 32},
+    "mixed": {"batch_rows": 8},
+    "adaptive": {"batch_rows": 32},
+    "adaptive_mixed": {"batch_rows": 12, "candidates": 12},
+    "same_category": {},
+    "nearest": {"nearest_from": 2, "nearest_to": 24},
+}
 SETTINGS = Users(dim=16, heads=2, layers=1, passes=3, global_batch=16, max_history=8, dropout=0.0)
 
 
@@ -73,7 +94,7 @@ def small(tmp_path: Any) -> Workspace:
     rng = np.random.default_rng(0)
     labels = [f"title {item}" for item in range(NUM_ITEMS)]
     items = [
-        {"item": item, "item_id": label, "title": label, "label": label, "genres": []}
+        {"item": item, "item_id": label, "title": label, "label": label, "genres": [f"genre {item % 3}"]}
         for item, label in enumerate(labels)
     ]
     truth = [{"user_id": f"user {number}", "liked": [number]} for number in range(NUM_USERS)]
@@ -117,6 +138,66 @@ def test_negatives_are_complete_sorted_and_unmet(small: Workspace) -> None:
     assert facts["held_out"]["share"] > 0  # held-out items are not left out
     assert facts["held_out"]["share"] == pytest.approx(facts["held_out"]["by_chance"], rel=0.4)
     assert facts["false_negatives"]["share"] == pytest.approx(facts["false_negatives"]["by_chance"], rel=0.4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("sampler", sorted(set(Negatives.samplers()) - {"uniform", "self_play", "top_k_stochastic"}))
+def test_every_sampler_is_told_what_it_needs(small: Workspace, sampler: str) -> None:
+    rows = small.table("sequences", "train", ["row"]).num_rows
+    _write_vectors(small, rows)
+    falls_back = SAMPLERS[sampler].falls_back
+    manifest = _run(negatives_stage.run, small, "negatives", Negatives(sampler=sampler, num=20, **SMALL[sampler]))
+    table = small.table("negatives", "train").sort_by("row")
+    examples = small.table("sequences", "train").sort_by("row")
+    assert table.schema.remove_metadata() == (COUNTED_NEGATIVES if falls_back else NEGATIVES)
+    assert table["row"].to_pylist() == examples["row"].to_pylist()
+    met = met_in_training(small.table("sequences", "histories"), examples, NUM_ITEMS)
+    members = dict(zip(met.user_ids.to_pylist(), _sets(met.items), strict=True))
+    for user, drawn in zip(examples["user_id"].to_pylist(), table["negatives"].to_pylist(), strict=True):
+        assert len(set(drawn)) == 20
+        assert not set(drawn) & members[user]
+    assert manifest.facts["held_out"]["share"] > 0
+    if falls_back:
+        lacking = 20 - table["own"].to_numpy()
+        assert manifest.facts["negatives_from_fallback"] == lacking.sum() > 0
+        assert manifest.facts["rows_with_fallback"] == (lacking > 0).sum()
+        assert lacking.max() <= 20
+    _check_own(sampler, small, table, examples)
+
+
+def _check_own(sampler: str, workspace: Workspace, table: pa.Table, examples: pa.Table) -> None:
+    """Each row's first negatives are what the sampler is for."""
+    targets = examples["target"].to_numpy()
+    items = np.array(workspace.table("users", "items")["vector"].to_pylist())
+    users = np.array(workspace.table("users", "train").sort_by("row")["vector"].to_pylist())
+    for row, (drawn, own) in enumerate(zip(table["negatives"].to_pylist(), table.columns[-1].to_pylist(), strict=True)):
+        if sampler == "same_category":
+            assert {item % 3 for item in drawn[:own]} <= {targets[row] % 3}
+        elif sampler == "nearest":
+            apart = np.abs(np.array(drawn[:own]) - targets[row])
+            assert (np.minimum(apart, NUM_ITEMS - apart) <= 12).all()
+        elif sampler in ("adaptive", "adaptive_mixed"):
+            scores = items[drawn[:own]] @ users[row]
+            assert (np.diff(scores) <= 1e-5).all()
+        elif sampler == "in_batch":
+            assert set(drawn[:own]) <= set(targets.tolist())
+
+
+def _write_vectors(workspace: Workspace, rows: int) -> None:
+    """Finish `users`: items on a circle, so that near items have near numbers; users anywhere."""
+    angles = np.arange(NUM_ITEMS) / NUM_ITEMS * 2 * np.pi
+    vectors = {"items": np.column_stack([np.cos(angles), np.sin(angles)]).astype(np.float32)}
+    vectors["train"] = np.random.default_rng(0).normal(size=(rows, 2)).astype(np.float32)
+    with workspace.stage("users", version=1, part={}, seed=0, inputs={}) as out:
+        for name, own in vectors.items():
+            schema = ITEM_VECTORS if name == "items" else ROW_VECTORS
+            order = np.random.default_rng(1).permutation(len(own)) if name == "train" else np.arange(len(own))
+            out.write_table(
+                name,
+                pa.table(
+                    [pa.array(order.astype(np.int64)).cast(schema.field(0).type), list(own[order])], schema=schema
+                ),
+            )
 
 
 @pytest.mark.usefixtures("ray_cluster")
