@@ -223,8 +223,13 @@ FAULTS = (
         "(negative >= positive[:, None])",
         "(negative > positive[:, None])",
     ),
-    Fault("ties parted: clusters", "objectives/dynamicpo.py", "may_cut = there & ends &", "may_cut = there &"),
-    Fault("division by zero: beta", "objectives/dynamicpo.py", ".clamp_min(torch.finfo(size.dtype).tiny)\n", "\n"),
+    Fault("ties parted: clusters", "objectives/dynamicpo.py", "(score >= lowest[", "(score > lowest["),
+    Fault(
+        "nobody easy: beta",
+        "objectives/dynamicpo.py",
+        "easy = torch.where(easy.any(dim=1, keepdim=True), easy, boundary)\n",
+        "\n",
+    ),
     Fault("upper for lower cluster", "objectives/dynamicpo.py", "(gain > best)", "(gain < best)"),
     Fault("doubt the wrong way round: rosepo", "objectives/rosepo.py", "(0.5 - confidence", "(0.5 + confidence"),
     Fault(

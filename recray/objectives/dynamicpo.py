@@ -125,5 +125,5 @@ def dual_margin_beta(
     ahead = lead(positive[:, None], negative, usable)
     above_easy = torch.where(usable, wide(negative) - usable_mean(wide(negative), easy)[:, None], 0.0)
     size = ahead.abs() + above_easy.abs()
-    pull = (ahead - above_easy - OFFSET) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    pull = (ahead - above_easy - OFFSET) / size  # where size is 0, -inf, whose tanh is -1
     return checked_beta(beta) * (1 + REACH * pull.tanh())
