@@ -19,7 +19,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class World:
 
     def told(self, name: str) -> dict[str, Any]:
         """Return what a sampler needs, made now."""
-        makers = {
+        makers: dict[str, Callable[[], Any]] = {
             "num_items": lambda: self.items,
             "frequency": lambda: np.bincount(self.met.items, minlength=self.items),
             "exponent": lambda: 1.0,
