@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 
 from recray.ranking.slices import COLD
 from recray.ranking.verdicts import BASELINE, leaks
-from recray.report.tables import Entry, headline_measure, measure_name, model_name, plain, signed, slice_measure
+from recray.report.tables import (
+    Entry,
+    headline_measure,
+    in_order,
+    measure_name,
+    model_name,
+    plain,
+    signed,
+    slice_measure,
+)
 
 
 class Finding(NamedTuple):
@@ -97,7 +106,8 @@ def cold_sentence(slices: Sequence[Entry]) -> str:
     cold = next((part for part in slices if part["slice"] == COLD), None)
     if cold is None:
         return "Every target was met in training."
-    got = ", ".join(f"{model_name(model)} {plain(own[measure]['value'])}" for model, own in cold["models"].items())
+    found = cold["models"]
+    got = ", ".join(f"{model_name(model)} {plain(found[model][measure]['value'])}" for model in in_order(found))
     return (
         f"On targets never met in training: {cold['rows']:,} of {cold['of']:,} rows, where {measure_name(measure)} is "
         f"{got}. A model that only counts knows nothing of them."

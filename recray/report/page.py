@@ -124,6 +124,7 @@ def templates() -> Environment:
         "signed": tables.signed,
         "p_value": tables.p_value,
         "model": tables.model_name,
+        "in_order": tables.in_order,
         "measure": tables.measure_name,
     }
     return environment

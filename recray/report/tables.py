@@ -39,10 +39,17 @@ def measure_name(measure: str) -> str:
 
 
 def rank_measures(entries: Sequence[Entry]) -> list[str]:
-    """Return the ranking measures that all entries have, in their order."""
-    names = entries[0] if entries else {}
-    ranking = [name for name in names if name == "mrr" or name.partition("@")[0] in ("hr", "ndcg")]
-    return [name for name in ranking if all(name in entry for entry in entries)]
+    """Return the ranking measures that all entries have: HR by rising k, NDCG by rising k, MRR."""
+    kinds = ("hr", "ndcg", "mrr")
+    names = [name for name in (entries[0] if entries else {}) if name.partition("@")[0] in kinds]
+    shared = [name for name in names if all(name in entry for entry in entries)]
+    return sorted(shared, key=lambda name: (kinds.index(name.partition("@")[0]), int(name.partition("@")[2] or 0)))
+
+
+def in_order(models: Iterable[str]) -> list[str]:
+    """Return models in the order in which they are shown everywhere: known ones as in `NAMES`, then the others."""
+    known = list(NAMES)
+    return sorted(models, key=lambda model: known.index(model) if model in known else len(known))
 
 
 def headline_measure(entries: Sequence[Entry]) -> str | None:
@@ -97,7 +104,7 @@ def slices_table(slices: Sequence[Entry], *, confidence: float) -> Table:
         confidence: of the intervals, for the caption.
     """
     measure = slice_measure(slices)
-    models = list(slices[0]["models"]) if slices else []
+    models = in_order(slices[0]["models"]) if slices else []
     name = "" if measure is None else f"{measure_name(measure)}; "
     table = _table("By part of the test rows", f"{name}± half the {100 * confidence:g} % interval, clustered by user")
     table.add_column("part")

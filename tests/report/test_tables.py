@@ -7,7 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from recray.report import tables
-from recray.report.tables import differences_table, headline_measure, results_table, slices_table
+from recray.report.tables import (
+    differences_table,
+    headline_measure,
+    in_order,
+    rank_measures,
+    results_table,
+    slices_table,
+)
 
 INTERVAL = {"value": 0.5, "low": 0.45, "high": 0.57}
 UNKNOWN = {"value": 0.5, "low": None, "high": None}
@@ -92,3 +99,11 @@ def test_slices_fit_eighty_columns() -> None:
     assert "1,200" in text
     assert "NDCG@10; ± half the 90 % interval" in text
     assert "By part" in _text(slices_table([], confidence=0.9))
+
+
+def test_measures_and_models_come_in_one_order_wherever_they_were_written() -> None:
+    names = ("hr@1", "hr@10", "hr@20", "hr@5", "mrr", "ndcg@10", "ndcg@5", "coverage")
+    entry = {name: {"value": 0.1} for name in names}
+    assert rank_measures([entry]) == ["hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "mrr"]
+    models = ["aligned", "cooccurrence", "dpo", "popularity", "sft"]
+    assert in_order(models) == ["popularity", "cooccurrence", "sft", "aligned", "dpo"]
