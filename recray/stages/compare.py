@@ -28,7 +28,7 @@ from recray.ranking.seeds import over_seeds
 from recray.ranking.summary import Ranked, Settings
 from recray.report.comparison import START, Comparison, render_comparison
 from recray.report.tables import differences_table, results_table
-from recray.stages.alignment import alignment, run_alignment, write_examples
+from recray.stages.alignment import Alignment, alignment, run_alignment, write_examples
 from recray.stages.fitting import Fitted
 from recray.stages.flow import Job
 from recray.stages.recommender import refuse_other_reference, write_best
@@ -79,11 +79,10 @@ def run(job: Job) -> None:
     name = f"compare-{job.fingerprint}"
     runs = _planned(job, name)
     examples = f"{name}-examples"
-    if not workspace.exists(".training", examples):
-        write_examples(workspace, examples)
-    for each in runs:  # before any of them starts: a setting that can't be run is refused now
-        alignment(workspace, each.part, each.seed, examples, watch_seed=job.seed)
-    results = [_result(job, each, examples, len(runs)) for each in runs]
+    write_examples(workspace, examples)  # again, though a run before may have: it may have been stopped in between
+    # All before any of them starts: a setting that can't be run is refused now.
+    settings = [alignment(workspace, each.part, each.seed, examples, watch_seed=job.seed) for each in runs]
+    results = [_result(job, *each, test, len(runs)) for each in zip(runs, settings, strict=True)]
     counts = item_popularity(training.items, training.num_items)
     ranked: dict[str, list[Ranked]] = {}
     for model, opener in (
@@ -114,7 +113,7 @@ def _title(method: str) -> str:
     return f"more {method}" if method.split()[0] == "sft" else method
 
 
-def _result(job: Job, each: _Run, examples: str, of: int) -> dict[str, Any]:
+def _result(job: Job, each: _Run, setting: Alignment, test: pa.Table, of: int) -> dict[str, Any]:
     """Fit and rank one run unless that is done, and return what is known of it."""
     workspace, done = job.workspace, f"{each.name}-result.json"
     if workspace.exists(".training", done):
@@ -122,14 +121,12 @@ def _result(job: Job, each: _Run, examples: str, of: int) -> dict[str, Any]:
         found: dict[str, Any] = workspace.json(".training", done)
         return found
     logger.info("compare: %s, seed %d: run %d of %d", each.method, each.seed, each.number + 1, of)
-    setting = alignment(workspace, each.part, each.seed, examples, watch_seed=job.seed)
     fitted = run_alignment(setting, job.resources, run=each.name, name=f"compare {each.method}, seed {each.seed}")
     model = f"{each.name}-model"
     with TemporaryDirectory(prefix="recray-model-") as folder:
         whole = Path(folder) / "model"
         write_best(fitted, workspace.folder("sft", "model"), whole, Path(folder) / "adapter", lora=each.part.lora)
         workspace.put_folder(whole, ".training", model)
-    test = workspace.table("sequences", "test").sort_by("row")
     _rank(job, each.method, _opener(job, (".training", model)), f"{each.name}-rows", test)
     result = _facts(each, fitted)
     workspace.write_json(result, ".training", done)  # the last: with it the run is done
