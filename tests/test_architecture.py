@@ -18,7 +18,19 @@ PLANS = ("recray.train.order",)
 # Names and settings without the maths: a kernel's, but the base may read them.
 NAMES = ("recray.objectives.registry",)
 # What stages may share: which stages there are, the Ray they stand on, how fits and models are set up on it.
-SHARED_BY_STAGES = ("flow", "cluster", "fitting", "notice", "recommender", "alignment", "rowwise", "scoring", "pools")
+SHARED_BY_STAGES = (
+    "flow",
+    "cluster",
+    "group",
+    "embedding",
+    "fitting",
+    "notice",
+    "recommender",
+    "alignment",
+    "rowwise",
+    "scoring",
+    "pools",
+)
 # The only importers of heavy libraries: patterns of module names.
 IMPORTERS = {
     "ray": ("recray.stages.*", "pipelines.*"),

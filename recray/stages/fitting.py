@@ -26,7 +26,7 @@ import torch
 from pyarrow import fs as pafs
 from ray.data import ActorPoolStrategy, DataIterator, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context as reporting
 
@@ -34,6 +34,7 @@ from recray import errors
 from recray.config import Resources
 from recray.errors import DivergenceError, MachineLeavingError, RecrayError, StopRequestedError
 from recray.stages.cluster import own_error
+from recray.stages.group import backend, scaling
 from recray.stages.notice import Listener, ListeningTorch, board_for_workers
 from recray.train.checkpoint import CheckpointStore, folder_of
 from recray.train.context import Notice
@@ -295,24 +296,6 @@ def checkpoints(workspace: Workspace, run: str, resources: Resources) -> Checkpo
     """Return the store of a run's checkpoints."""
     root = workspace.path(".training", run, "checkpoints")
     return CheckpointStore(workspace.fs, root, keep=resources.keep_checkpoints)
-
-
-def scaling(resources: Resources) -> ScalingConfig:
-    """Return how many workers Ray Train starts, and what it sets aside for each."""
-    each: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker > 0:
-        each["GPU"] = resources.gpus_per_worker
-    number = resources.num_workers
-    return ScalingConfig(
-        num_workers=number if resources.min_workers is None else (resources.min_workers, number),
-        use_gpu=resources.gpus_per_worker > 0,
-        resources_per_worker=each,
-    )
-
-
-def backend(resources: Resources) -> str:
-    """Return what workers' collectives run on."""
-    return "nccl" if resources.gpus_per_worker > 0 else "gloo"
 
 
 def log_folder(workspace: Workspace, run: str) -> str:

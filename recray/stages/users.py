@@ -18,12 +18,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from recray.config import Users
 from recray.errors import ModelError
 from recray.schema import ITEM_VECTORS, ROW_VECTORS
-from recray.stages.fitting import backend, scaling
+from recray.stages.embedding import EmbedHistories, lists_of
 from recray.stages.flow import Job
+from recray.stages.group import backend, scaling
 from recray.stages.rowwise import read_rows, write_rows
 from recray.users.fit import Validation, fit
 from recray.users.ragged import from_arrow
-from recray.users.sasrec import SASRec, Shape, item_vectors, load, save, user_vectors
+from recray.users.sasrec import SASRec, Shape, item_vectors, load, save
 from recray.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def run(job: Job) -> None:
         (folder / CURVE).unlink()
         job.out.write_json(CURVE, curve)
         job.out.write_folder("model", folder)
-        vectors = _lists(item_vectors(load(folder)))
+        vectors = lists_of(item_vectors(load(folder)))
     table = pa.table([pa.array(np.arange(items, dtype=np.int32)), vectors], schema=ITEM_VECTORS)
     job.out.write_table("items", table)
     for split in ("train", "validation", "test"):
@@ -53,19 +54,6 @@ def run(job: Job) -> None:
     best = curve[curve[-1]["best_pass"] - 1]
     job.out.facts |= {key: round(value, 4) for key, value in best.items() if key not in ("best_pass", "seconds")}
     job.out.facts["passes"] = len(curve)
-
-
-class EmbedHistories:
-    """Ray Data actor: (row, history) in, (row, vector) out."""
-
-    def __init__(self, workspace: Workspace, model: tuple[str, ...], threads: int, gpu: bool) -> None:
-        if not gpu:
-            torch.set_num_threads(threads)
-        self._model = load(workspace.folder(*model)).to("cuda" if gpu else "cpu")
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        vectors = user_vectors(self._model, from_arrow(batch["history"]))
-        return pa.table([batch["row"], _lists(vectors)], schema=ROW_VECTORS)
 
 
 def _embed(job: Job, split: str) -> None:
@@ -150,9 +138,3 @@ def _sentence(line: dict[str, Any], passes: int) -> str:
         f"users: pass {line['pass']} of at most {passes}, loss {line['loss']:.3f} nats, validation NDCG@10 "
         f"{line['validation_ndcg@10']:.4f}, HR@10 {line['validation_hr@10']:.4f}, {line['seconds']:.1f} s"
     )
-
-
-def _lists(vectors: np.ndarray) -> pa.ListArray:
-    """Return vectors as an Arrow column of lists."""
-    count, dim = vectors.shape
-    return pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * dim, vectors.reshape(-1))
