@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -156,7 +156,7 @@ class AlignFeed:
         vectors = torch.from_numpy(examples.vector)
         negatives = items[:, 1:]
         lends = self._lends(vectors, place, user)
-        vector = self._item_vectors[torch.from_numpy(negatives.reshape(-1).astype(np.int64))]
+        flat = negatives.reshape(-1)
         usable = np.empty((mine.size, *negatives.shape), dtype=bool)
         sure = np.empty(usable.shape, dtype=np.float32)
         liking = 0.0
@@ -167,21 +167,28 @@ class AlignFeed:
                 forbidden = torch.from_numpy(forbidden_items(examples, items, mine[rows]))
             may = usable_negatives(lends[rows], forbidden, own, negatives.shape[1])
             usable[rows] = may.numpy()
-            sure[rows] = confidence(vectors[own], vector, self._sample_vectors).reshape(shape).numpy()
+            sure[rows] = self._sure(examples, mine[rows], flat).reshape(shape)
             if self._objective.margin == "batch":
-                liking += float((products(vectors[own], vector).reshape(shape).double() * may).sum())
+                liking += float((products(vectors[own], self._vectors_of(flat)).reshape(shape).double() * may).sum())
         return {"usable": usable, "confidence": sure, "liking_sum": np.array([liking])}
 
     def _own(self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> dict[str, ndarray]:
         """Return the same for objectives that look at nobody else's negatives: confidences in those are left at 0."""
         usable = np.zeros((mine.size, *items[:, 1:].shape), dtype=bool)
         sure = np.zeros(usable.shape, dtype=np.float32)
-        vectors = torch.from_numpy(examples.vector)
         for row, place in enumerate(mine.tolist()):
-            vector = self._item_vectors[torch.from_numpy(items[place, 1:].astype(np.int64))]
             usable[row, place] = True
-            sure[row, place] = confidence(vectors[place : place + 1], vector, self._sample_vectors)[0].numpy()
+            sure[row, place] = self._sure(examples, mine[row : row + 1], items[place, 1:])[0]
         return {"usable": usable, "confidence": sure, "liking_sum": np.zeros(1)}
+
+    def _sure(self, examples: Examples, mine: Int[ndarray, " B"], items: Int[ndarray, " I"]) -> Float[ndarray, "B I"]:
+        """Return how sure the auxiliary model is that each item is a true negative for each of these users."""
+        vectors = torch.from_numpy(examples.vector[mine])
+        found: ndarray = confidence(vectors, self._vectors_of(items), self._sample_vectors).numpy()
+        return found
+
+    def _vectors_of(self, items: Int[ndarray, " I"]) -> Float[Tensor, "I D"]:
+        return self._item_vectors[torch.from_numpy(items.astype(np.int64))]
 
     def _lends(self, vectors: Tensor, place: Tensor, user: Tensor) -> Tensor:
         settings = self._objective
