@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test mutants check bench format clean
+.PHONY: demo test mutants check bench format settings clean
 
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
@@ -33,6 +33,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+settings: $(STAMP)
+	$(BIN)/recray settings > docs/settings.md
 
 # The stamp is newer than what it was installed from: a second `make` installs nothing.
 $(STAMP): pyproject.toml constraints.txt

@@ -119,6 +119,16 @@ def print_config(
     typer.echo(pipeline.model_dump_json(indent=1))
 
 
+@app.command("settings", help="Print an index of every setting, as Markdown: docs/settings.md.")
+def print_settings() -> None:
+    """Print every setting with its default, type, unit, meaning and where it acts."""
+    from recray.settings_index import markdown
+    from recray.stages.flow import STAGES
+
+    reads = {name: stage.inputs for name, stage in STAGES.items()}
+    typer.echo(markdown(reads, {name: stage.lays_over for name, stage in STAGES.items()}), nl=False)
+
+
 def resolve(
     recipe: str,
     *,

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     create_model,
@@ -22,15 +23,35 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from recray.errors import ConfigError
 from recray.objectives import registry
 
+
+class Unit:
+    """What a number is a number of: a type's mark, told by the index of settings (docs/settings.md)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(core) | {"unit": self.name}
+
+
 Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0), Unit("share")]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), Unit("share")]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0), Unit("share")]
+Seconds = Annotated[Positive, Unit("s")]
+Rows = Annotated[Count, Unit("rows")]
+Items = Annotated[Count, Unit("items")]
+Tokens = Annotated[Count, Unit("tokens")]
+Steps = Annotated[Count, Unit("steps")]
+Passes = Annotated[Count, Unit("passes")]
+Interactions = Annotated[Count, Unit("interactions")]
 
 
 class Part(BaseModel):
@@ -81,8 +102,8 @@ def _refused(wrong: str) -> PydanticCustomError:
 class Columns(Part):
     """Which columns of a user's log mean what."""
 
-    user: str = "user_id"
-    item: str = "item_id"
+    user: str = Field("user_id", description="Who met the item.")
+    item: str = Field("item_id", description="Which item was met; the same name in the catalogue.")
     time: str | None = Field(None, description="None: `timestamp` where the log has it, else `position`.")
     time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = Field(
         "auto", description="Of times given as numbers. auto: the one in which a number lies in 1995 to 2100."
@@ -97,12 +118,16 @@ class Columns(Part):
 class Synthetic(Part):
     """Logs with known truth, made when no data is given."""
 
-    interactions: Count = 40_000
-    users: Count | None = Field(None, description="None: follows from interactions.")
-    items: Count | None = Field(None, description="None: follows from interactions.")
-    genres: Count = 12
-    taste_drift: NonNegative = 0.15
-    popularity_exponent: NonNegative = 0.8
+    interactions: Interactions = Field(40_000, description="How many are made.")
+    users: Annotated[Count, Unit("users")] | None = Field(None, description="None: follows from interactions.")
+    items: Items | None = Field(None, description="None: follows from interactions.")
+    genres: Annotated[Count, Unit("genres")] = Field(12, description="What tastes and items are made of.")
+    taste_drift: NonNegative = Field(
+        0.15, description="Chance that a session begins with a part of the taste replaced."
+    )
+    popularity_exponent: NonNegative = Field(
+        0.8, description="Of an item's rank, in how often it is offered: 0 all alike, 1 Zipf."
+    )
 
 
 class Ingest(Part):
@@ -116,34 +141,36 @@ class Ingest(Part):
     )
     columns: Columns = Columns()
     min_rating: float | None = Field(None, description="Ratings below are not implicit feedback and are left out.")
-    min_user_interactions: Count = Field(1, description="k-core: fewer, and the user goes.")
-    min_item_interactions: Count = Field(1, description="k-core: fewer, and the item's interactions go.")
-    max_users: Count | None = Field(None, description="A seeded sample of users.")
+    min_user_interactions: Interactions = Field(1, description="k-core: fewer, and the user goes.")
+    min_item_interactions: Interactions = Field(1, description="k-core: fewer, and the item's interactions go.")
+    max_users: Annotated[Count, Unit("users")] | None = Field(None, description="A seeded sample of users.")
     synthetic: Synthetic = Synthetic()
 
 
 class Sequences(Part):
     """Histories and splits."""
 
-    split: Literal["leave_one_out", "leave_last_n", "time_cut", "published"] = "time_cut"
-    leave_last: Count = Field(1, description="Held-out interactions a user and split, for leave_last_n.")
+    split: Literal["leave_one_out", "leave_last_n", "time_cut", "published"] = Field(
+        "time_cut", description="What is held out: the latest of each user, all after two moments, or as the data says."
+    )
+    leave_last: Interactions = Field(1, description="Held-out interactions a user and split, for leave_last_n.")
     validation_fraction: Fraction = Field(0.1, description="Of all interactions, by time; for time_cut.")
     test_fraction: Fraction = Field(0.1, description="Of all interactions, by time; for time_cut.")
-    targets_per_user: Count = Field(10, description="Most evaluation rows a user and split, for time_cut; seeded.")
-    examples_per_user: Count = Field(10, description="Most alignment examples a user; the latest.")
-    max_history: Count = Field(20, description="The latest items of a history that a row keeps.")
-    num_candidates: Annotated[int, Field(ge=2)] = Field(100, description="Target included.")
+    targets_per_user: Rows = Field(10, description="Most evaluation rows a user and split, for time_cut; seeded.")
+    examples_per_user: Rows = Field(10, description="Most alignment examples a user; the latest.")
+    max_history: Items = Field(20, description="The latest items of a history that a row keeps.")
+    num_candidates: Annotated[int, Field(ge=2), Unit("items")] = Field(100, description="Target included.")
     fresh_candidates: bool = Field(False, description="Draw candidates afresh even where the data publishes some.")
-    max_validation_rows: Count = 2_000
-    max_test_rows: Count = 10_000
+    max_validation_rows: Rows = Field(2_000, description="A seeded sample of more.")
+    max_test_rows: Rows = Field(10_000, description="A seeded sample of more.")
 
 
 class Audit(Part):
     """Rules that need no model, on the rows and candidates of the evaluation."""
 
-    rows: Count = Field(20_000, description="Most test rows that are scored; a seeded sample of more.")
-    bootstrap_samples: Count = 1000
-    confidence: Fraction = 0.95
+    rows: Rows = Field(20_000, description="Most test rows that are scored; a seeded sample of more.")
+    bootstrap_samples: Annotated[Count, Unit("samples")] = Field(1000, description="Of users, for an interval.")
+    confidence: Fraction = Field(0.95, description="Of intervals.")
 
 
 class Users(Chosen):
@@ -198,18 +225,18 @@ class LanguageModel(Part):
     """A Hugging Face folder or id, or the shape of a small Llama made here."""
 
     path: str | None = Field(None, description="Local folder or hub id. None: from scratch, by the shape below.")
-    trust_remote_code: bool = False
-    hidden_size: Count = 128
-    layers: Count = 4
-    heads: Count = 4
-    intermediate_size: Count = 384
-    max_positions: Count = 1024
-    vocabulary: Count = Field(2048, description="Tokens of the tokenizer trained on the catalogue.")
+    trust_remote_code: bool = Field(False, description="Run the code that a model's folder or hub page brings along.")
+    hidden_size: Count = Field(128, description="Width of a model made here.")
+    layers: Count = Field(4, description="Of a model made here.")
+    heads: Count = Field(4, description="Attention heads of a model made here.")
+    intermediate_size: Count = Field(384, description="Width inside the feed-forward part of a model made here.")
+    max_positions: Tokens = Field(1024, description="Longest text of a model made here.")
+    vocabulary: Tokens = Field(2048, description="Tokens of the tokenizer trained on the catalogue.")
     tokens: Literal["words", "titles"] = Field(
         "words",
         description="words: words and pieces of them; titles: whole titles too, those met most in training.",
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of weights and activations.")
     quantization: Literal["none", "nf4"] = Field("none", description="Of the frozen base while sft trains an adapter.")
 
 
@@ -219,15 +246,15 @@ class Prompt(Part):
     template: Literal["titles", "instruction", "instruction_candidates", "chat", "chat_candidates"] = Field(
         "titles", description="One of recray.data.prompts."
     )
-    max_tokens: Count = Field(512, description="Of the prompt; the oldest items go first.")
+    max_tokens: Tokens = Field(512, description="Of the prompt; the oldest items go first.")
 
 
 class Lora(Part):
     """A low-rank adapter: it is trained, the model under it is frozen."""
 
-    rank: Count = 16
+    rank: Count = Field(16, description="Of each adapter matrix.")
     alpha: Positive = Field(32.0, description="The adapter's output is scaled by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Dropout = Field(0.0, description="Of the adapter's input.")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear", description="All linear layers but the head, or a list of their names."
     )
@@ -236,17 +263,19 @@ class Lora(Part):
 class Optimiser(Part):
     """AdamW with warm-up, cosine decay and clipping, under a ZeRO stage."""
 
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.01
-    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.1, description="Of the peak, at the last step.")
-    clip_norm: Positive = 1.0
+    learning_rate: Positive = Field(description="At the peak, after warm-up.")
+    weight_decay: NonNegative = Field(0.01, description="AdamW's, on matrices.")
+    warmup_fraction: Dropout = Field(0.05, description="Of all steps: the rate rises to its peak.")
+    final_fraction: Share = Field(0.1, description="Of the peak, at the last step.")
+    clip_norm: Positive = Field(1.0, description="Longest gradient, over all weights; a longer one is shortened.")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO.")
-    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    engine: Literal["deepspeed", "plain"] = Field(
+        "deepspeed", description="plain: PyTorch alone; the weights are whole on every rank."
+    )
     gradient_checkpointing: bool = Field(
         False, description="Layers are run again in backward, so that only their inputs are kept."
     )
-    most_skipped: Annotated[int, Field(ge=0)] = Field(
+    most_skipped: Annotated[int, Field(ge=0), Unit("steps")] = Field(
         10, description="Steps skipped as loss or gradient were not finite; one more ends the run."
     )
 
@@ -258,16 +287,18 @@ class Sft(Part):
     lora: Lora | None = Field(None, description="None: all weights are trained.")
     prompt: Prompt = Prompt()
     optimiser: Optimiser = Optimiser(learning_rate=3e-3)
-    global_batch: Count = Field(16, description="Histories a step.")
-    window_items: Count = Field(20, description="Items a row teaches: longer histories are cut into windows.")
-    shuffled: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+    global_batch: Annotated[Count, Unit("histories")] = Field(16, description="Histories a step.")
+    window_items: Items = Field(20, description="Items a row teaches: longer histories are cut into windows.")
+    shuffled: Share = Field(
         0.0, description="Share of histories cut into windows in a random order, others in every pass; for `titles`."
     )
-    passes: Count = 8
-    patience: Count = Field(2, description="Validations without a better NDCG@10 before it stops.")
-    validate_every: Positive = Field(1.0, description="Passes between validations.")
-    validation_rows: Count = 512
-    tokens_per_micro_batch: Count = 8192
+    passes: Passes = Field(8, description="Most, over all histories.")
+    patience: Annotated[Count, Unit("validations")] = Field(
+        2, description="Validations without a better NDCG@10 before it stops."
+    )
+    validate_every: Annotated[Positive, Unit("passes")] = Field(1.0, description="Passes between validations.")
+    validation_rows: Rows = Field(512, description="On which a fit is judged; a seeded sample.")
+    tokens_per_micro_batch: Tokens = Field(8192, description="Most that a process passes through the model at once.")
 
 
 class Negatives(Chosen):
@@ -287,21 +318,25 @@ class Negatives(Chosen):
         "nearest",
         "self_play",
         "top_k_stochastic",
-    ] = "uniform"
-    num: Count = 15
+    ] = Field("uniform", description="How they are drawn.")
+    num: Items = Field(15, description="Drawn a row; the first N of them are the same for every larger number.")
     exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
-    batch_rows: Annotated[int, Field(ge=2)] = Field(
+    batch_rows: Annotated[int, Field(ge=2), Unit("rows")] = Field(
         32, description="Rows whose targets stand for choice, for in_batch, mixed, adaptive and adaptive_mixed."
     )
     uniform_share: Fraction = Field(0.5, description="Of a row's negatives; the others are in-batch; for mixed.")
-    candidates: Count = Field(
+    candidates: Items = Field(
         100,
         description="Uniform items that are scored, for adaptive_mixed (beside the batch's), self_play and "
         "top_k_stochastic.",
     )
-    nearest_from: Count = Field(11, description="Rank of nearness to the target, 1 the nearest item; for nearest.")
-    nearest_to: Count = Field(100, description="The last rank that is drawn from; for nearest.")
-    top_k: Count = Field(30, description="Best-scored candidates that are drawn from, for top_k_stochastic.")
+    nearest_from: Annotated[Count, Unit("rank")] = Field(
+        11, description="Rank of nearness to the target, 1 the nearest item; for nearest."
+    )
+    nearest_to: Annotated[Count, Unit("rank")] = Field(
+        100, description="The last rank that is drawn from; for nearest."
+    )
+    top_k: Items = Field(30, description="Best-scored candidates that are drawn from, for top_k_stochastic.")
 
     @classmethod
     def samplers(cls) -> dict[str, tuple[str, ...]]:
@@ -367,7 +402,7 @@ class Reference(Part):
         "table",
         description="Scored once, before; or in every step of align, by its model without the adapter, or by a copy.",
     )
-    tokens_per_micro_batch: Count = 16384
+    tokens_per_micro_batch: Tokens = Field(16384, description="Most that a process passes through the model at once.")
 
 
 class _Objective(Part):
@@ -491,24 +526,26 @@ class Align(Part):
     objective: Objective = Objective()
     lora: Lora | None = Field(None, description="A fresh adapter on sft/model. None: all weights are trained.")
     optimiser: Optimiser = Optimiser(learning_rate=2e-4)
-    num_negatives: Count | None = Field(None, description="The first N of those drawn. None: all.")
-    global_batch: Annotated[int, Field(ge=2)] = Field(32, description="Users a step; also the sharing pool.")
-    steps: Count = 200
-    validate_every: Count = Field(50, description="Steps between validations; each also checkpoints.")
-    seconds: Positive | None = Field(None, description="Of steps; stop at the first validation after so long.")
-    validation_rows: Count = 512
-    tokens_per_micro_batch: Count = 16384
-    window_rows: Count = Field(65536, description="Rows of the shuffle window: what one pass keeps close together.")
+    num_negatives: Items | None = Field(None, description="The first N of those drawn. None: all.")
+    global_batch: Annotated[int, Field(ge=2), Unit("rows")] = Field(
+        32, description="Users a step; also the sharing pool."
+    )
+    steps: Steps = Field(200, description="Most.")
+    validate_every: Steps = Field(50, description="Steps between validations; each also checkpoints.")
+    seconds: Seconds | None = Field(None, description="Of steps; stop at the first validation after so long.")
+    validation_rows: Rows = Field(512, description="On which a fit is judged; a seeded sample.")
+    tokens_per_micro_batch: Tokens = Field(16384, description="Most that a process passes through the model at once.")
+    window_rows: Rows = Field(65536, description="Rows of the shuffle window: what one pass keeps close together.")
     micro_batches: Count = Field(1, description="Least micro-batches a rank and step; token budgets may ask for more.")
 
 
 class Evaluate(Part):
     """Ranking on the test split."""
 
-    ks: tuple[Count, ...] = (1, 5, 10, 20)
-    bootstrap_samples: Count = 1000
-    confidence: Fraction = 0.95
-    keep_ranked: Count = 20
+    ks: tuple[Annotated[Count, Unit("rank")], ...] = Field((1, 5, 10, 20), description="Of HR@k, NDCG@k and the rest.")
+    bootstrap_samples: Annotated[Count, Unit("samples")] = Field(1000, description="Of users, for an interval.")
+    confidence: Fraction = Field(0.95, description="Of intervals.")
+    keep_ranked: Items = Field(20, description="Of each list, the first ones that are written down.")
     score: Literal["summed", "mean", "prior_corrected", "validation"] = Field(
         "validation", description="What language models rank by; validation: for each, the form best on validation."
     )
@@ -517,17 +554,19 @@ class Evaluate(Part):
         min_length=1,
         description="Shares of the log-probability without a history that prior_corrected may take off.",
     )
-    validation_rows: Count = Field(512, description="On which the form of the score is chosen.")
-    generate_rows: Annotated[int, Field(ge=0)] = Field(
+    validation_rows: Rows = Field(512, description="On which the form of the score is chosen.")
+    generate_rows: Annotated[int, Field(ge=0), Unit("rows")] = Field(
         200, description="Test rows, a seeded sample, whose next item language models also write freely. 0: none."
     )
-    tokens_per_micro_batch: Count = 16384
+    tokens_per_micro_batch: Tokens = Field(16384, description="Most that a process passes through the model at once.")
 
 
 class Report(Part):
     """What the report shows."""
 
-    examples: Annotated[int, Field(ge=0)] = 6
+    examples: Annotated[int, Field(ge=0), Unit("rows")] = Field(
+        6, description="Test rows, drawn by the seed, with what every model showed."
+    )
 
 
 class Tune(Part):
@@ -548,37 +587,47 @@ class Compare(Part):
         min_length=1,
         description="Each a name and, if wanted, settings of it or of align: `napo margin=none global_batch=64`.",
     )
-    seeds: Count = Field(3, description="Runs of each: the pipeline's seed, and those after it.")
-    steps: Count | None = Field(None, description="Of each run. None: as align.")
-    seconds: Positive | None = Field(None, description="Of steps of each run, for equal time. None: as align.")
+    seeds: Annotated[Count, Unit("runs")] = Field(
+        3, description="Runs of each: the pipeline's seed, and those after it."
+    )
+    steps: Steps | None = Field(None, description="Of each run. None: as align.")
+    seconds: Seconds | None = Field(None, description="Of steps of each run, for equal time. None: as align.")
 
 
 class Resources(Part):
     """Where the work runs. Never part of a fingerprint: it changes the time, not the result."""
 
-    num_workers: Count = 1
-    cpus_per_worker: Positive = Field(0.5, description="Logical CPUs set aside a trainer; the rest feeds it.")
-    gpus_per_worker: NonNegative = 0.0
-    threads_per_worker: Count = Field(2, description="Torch threads, without a GPU.")
-    min_workers: Count | None = Field(
+    num_workers: Annotated[Count, Unit("processes")] = Field(1, description="Training processes: ranks.")
+    cpus_per_worker: Annotated[Positive, Unit("CPUs")] = Field(
+        0.5, description="Logical CPUs set aside a trainer; the rest feeds it."
+    )
+    gpus_per_worker: Annotated[NonNegative, Unit("GPUs")] = Field(
+        0.0, description="Set aside a trainer. 0: all on CPUs."
+    )
+    threads_per_worker: Annotated[Count, Unit("threads")] = Field(2, description="Torch threads, without a GPU.")
+    min_workers: Annotated[Count, Unit("workers")] | None = Field(
         None, description="Go on with as few when machines are lost, and with num_workers when they are back."
     )
-    max_restarts: Annotated[int, Field(ge=-1)] = Field(
+    max_restarts: Annotated[int, Field(ge=-1), Unit("starts")] = Field(
         8, description="Starts of a fit's workers after a crash or a lost machine; then it gives up. -1: never."
     )
-    checkpoint_every_s: NonNegative = Field(600.0, description="Seconds; validations write one as well.")
-    keep_checkpoints: Count = Field(2, description="The newest; the best weights are kept besides.")
-    hang_after_s: Positive = Field(
+    checkpoint_every_s: Annotated[NonNegative, Unit("s")] = Field(
+        600.0, description="Seconds; validations write one as well."
+    )
+    keep_checkpoints: Annotated[Count, Unit("checkpoints")] = Field(
+        2, description="The newest; the best weights are kept besides."
+    )
+    hang_after_s: Seconds = Field(
         1800.0, description="A worker that gets nothing done for so long is ended, and the fit goes on."
     )
-    data_actors: Count = Field(1, description="Model replicas for scoring and embedding.")
+    data_actors: Annotated[Count, Unit("processes")] = Field(1, description="Model replicas for scoring and embedding.")
 
 
 class Pipeline(Part):
     """A whole run."""
 
-    name: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: str = Field(description="The recipe's; a workspace belongs to one.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of everything that is drawn.")
     ingest: Ingest = Ingest()
     sequences: Sequences = Sequences()
     audit: Audit = Audit()
