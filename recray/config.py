@@ -65,6 +65,8 @@ class Chosen(Part):
 
     # Idle ones that are written down all the same: what was made before they could be idle stays up to date.
     written: ClassVar[tuple[str, ...]] = ()
+    # Not written down at their default: what was made before there were such settings stays up to date.
+    younger: ClassVar[tuple[str, ...]] = ()
 
     @property
     def choice(self) -> str:
@@ -91,7 +93,10 @@ class Chosen(Part):
 
     @model_serializer(mode="wrap")
     def _without_idle_ones(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key not in self.idle or key in self.written}
+        fields = type(self).model_fields
+        left_out = {name for name in self.younger if getattr(self, name) == fields[name].default}
+        left_out |= set(self.idle) - set(self.written)
+        return {key: value for key, value in dump(self).items() if key not in left_out}
 
 
 def _refused(wrong: str) -> PydanticCustomError:
@@ -176,6 +181,8 @@ class Audit(Part):
 class Users(Chosen):
     """SASRec, the light auxiliary recommender."""
 
+    younger: ClassVar[tuple[str, ...]] = ("shuffled",)
+
     dim: Count = 64
     layers: Count = 2
     heads: Count = 2
@@ -196,6 +203,9 @@ class Users(Chosen):
     global_batch: Count = 128
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 0.0
+    shuffled: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="Share of histories cut into windows in a random order, others in every pass."
+    )
 
     @property
     def choice(self) -> str:

@@ -25,7 +25,7 @@ from recray.errors import DataError, ModelError
 from recray.ranking.metrics import hit_rate, ndcg, ranks
 from recray.train.order import Order, rows_of_step
 from recray.users.losses import full_softmax, hardest_softmax, sampled_softmax
-from recray.users.ragged import Ragged, padded, take, windows
+from recray.users.ragged import Ragged, from_lengths, padded, take, windows
 from recray.users.sampling import HARDEST, proposal
 from recray.users.sasrec import SASRec, user_vectors
 
@@ -59,23 +59,25 @@ def fit(
     """Fit `model` in place, leave it with the weights of its best pass, and return the curve, one dict a pass.
 
     Histories are cut into windows of `max_history` + 1 items, so that every item of every history is a target once
-    a pass. A global batch is `rows_of_step` of the windows; each rank takes its share, and the gradient is that of
-    the loss summed over the global batch, divided by the targets in it: at dropout 0 it does not depend on the
-    number of ranks. Passes end when `patience` of them in a row brought no better validation NDCG@10.
+    a pass; a share `settings.shuffled` of them, others in every pass, in a random order. A global batch is
+    `rows_of_step` of the windows; each rank takes its share, and the gradient is that of the loss summed over the
+    global batch, divided by the targets in it: at dropout 0 it does not depend on the number of ranks. Passes end when
+    `patience` of them in a row brought no better validation NDCG@10.
 
     Args:
         model: its weights are replaced; every rank must start with the same ones.
         histories: training histories, in time order.
         validation: the same rows on every rank.
-        settings: loss, batch, optimiser and patience.
-        seed: of the order of batches, the sampled negatives and dropout.
+        settings: loss, batch, shuffles, optimiser and patience.
+        seed: of the order of batches, the shuffles, the sampled negatives and dropout.
         report: called with each pass's line, on every rank, equally often.
 
     Raises:
         DataError: if there is nothing to learn from or to validate on.
         ModelError: if the loss is no longer finite.
     """
-    rows = windows(histories, model.shape.max_history + 1)
+    width = model.shape.max_history + 1
+    rows = windows(histories, width)
     if rows.num_lists == 0 or validation.histories.num_lists == 0:
         raise DataError(
             f"SASRec needs training histories and validation rows, got {rows.num_lists} windows of histories and "
@@ -90,6 +92,8 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         for number in range(1, settings.passes + 1):
             started = time.monotonic()
+            if settings.shuffled:
+                trainer.rows = windows(shuffled(histories, settings.shuffled, (seed, number)), width)
             loss = trainer.one_pass(range((number - 1) * steps, number * steps))
             hit, gain = validated(model, validation)
             if gain > best:
@@ -191,6 +195,21 @@ class _Trainer:
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad.view_as(parameter)
         return total[-2:].double().cpu()
+
+
+def shuffled(histories: Ragged, share: float, key: tuple[int, int]) -> Ragged:
+    """Return the histories, about a share of them in a random order; which ones, and how, follows from (seed, pass).
+
+    Lists keep their lengths, so that every pass has as many windows.
+    """
+    seed, number = key
+    # A spawn key, so that no other generator that is seeded by these two numbers draws the same.
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+    moved = generator.random(histories.num_lists) < share
+    owner = np.repeat(np.arange(histories.num_lists), histories.lengths)
+    place = np.where(moved[owner], generator.permutation(len(owner)), np.arange(len(owner)))
+    items = histories.items[histories.offsets[0] : histories.offsets[-1]]
+    return from_lengths(items[np.lexsort((place, owner))], histories.lengths)
 
 
 def batch_of(rows: Ragged, device: torch.device) -> Batch:

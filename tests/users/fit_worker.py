@@ -1,4 +1,7 @@
-"""One rank of a fit over gloo: `python fit_worker.py RANK WORLD STORE OUT SAMPLER`, '' for a full softmax."""
+"""One rank of a fit over gloo: `python fit_worker.py RANK WORLD STORE OUT SAMPLER`.
+
+SAMPLER is '' for a full softmax; with ` shuffled` behind it half of the histories are in every pass.
+"""
 
 import json
 import sys
@@ -21,9 +24,11 @@ def main(rank: int, world: int, store: str, out: str, sampler: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    sampler, _, shuffled = sampler.partition(" ")
     hard = {"hardest": 5} if sampler.startswith("adaptive") else {}
     sampled = {"loss": "sampled_softmax", "sampler": sampler, "sampled_negatives": 16, **hard} if sampler else {}
-    settings = Users(**sampled, passes=2, global_batch=7, dropout=0.0)  # 7: unequal shares
+    # A batch of 7: unequal shares.
+    settings = Users(**sampled, passes=2, global_batch=7, dropout=0.0, shuffled=0.5 if shuffled else 0.0)
     model = SASRec(Shape(NUM_ITEMS, 8, 1, 2, 6, 0.0), seed=0)
     histories, validation = histories_and_validation(40)
     curve = fit(model, histories, validation, settings, seed=1, report=lambda _: None)

@@ -18,7 +18,7 @@ from recray.errors import DataError, ModelError
 from recray.ranking.metrics import ndcg, ranks
 from recray.train.order import Order, rows_of_step
 from recray.users import fit as fitting
-from recray.users.fit import Validation, batch_of, fit, validated
+from recray.users.fit import Validation, batch_of, fit, shuffled, validated
 from recray.users.ragged import from_lengths, padded, take, windows
 from recray.users.sasrec import SASRec, Shape, load
 
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone() -> None:
     assert not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("sampler", ["", "popularity"])
+@pytest.mark.parametrize("sampler", ["", "popularity", "popularity shuffled"])
 def test_two_ranks_are_one(tmp_path: Path, sampler: str) -> None:
     worker = str(Path(__file__).parent / "fit_worker.py")
     running = []
@@ -174,6 +174,50 @@ def test_validation_in_plain_loops() -> None:
         hits.append(rank <= 10)
         gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
     assert validated(model, validation, rows_at_once=7) == pytest.approx((np.mean(hits), np.mean(gains)))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_so_many_histories_are_shuffled_others_in_every_pass(share: float) -> None:
+    lengths = np.random.default_rng(0).integers(0, 40, 400)
+    lists = from_lengths(np.arange(lengths.sum(), dtype=np.int32), lengths)
+    long = np.flatnonzero(lengths > 5)
+    moved = []
+    for number in range(1, 9):
+        found = shuffled(lists, share, (3, number))
+        assert (found.lengths == lengths).all()
+        pairs = [
+            (lists.items[a:b], found.items[a:b]) for a, b in zip(lists.offsets[:-1], lists.offsets[1:], strict=True)
+        ]
+        assert all(sorted(own) == sorted(other) for own, other in pairs)
+        moved.append([(pairs[row][0] != pairs[row][1]).any() for row in long])
+        again = shuffled(lists, share, (3, number))
+        assert (again.items == found.items).all()
+    shares = np.mean(moved, axis=1)
+    assert shares == pytest.approx(share, abs=0.1)  # 4 standard errors of 350 histories
+    assert len({tuple(own) for own in moved}) == (8 if share < 1 else 1)
+    first = [shuffled(lists, 1.0, (seed, number)).items for seed, number in ((3, 1), (3, 2), (4, 1))]
+    assert not any((first[a] == first[b]).all() for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_every_pass_learns_from_shuffles_of_its_own_and_keeps_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    histories, validation = WALKS.histories_and_validation(20)
+    seen: list[np.ndarray] = []
+    take_step = fitting._Trainer.loss
+
+    def watched(trainer: Any, mine: np.ndarray, step: int) -> Any:
+        seen.append(take(trainer.rows, mine).items)
+        return take_step(trainer, mine, step)
+
+    monkeypatch.setattr(fitting._Trainer, "loss", watched)
+    every = windows(histories, SHAPE.max_history + 1).num_lists
+    settings = _settings(shuffled=1.0, passes=3, global_batch=every)
+    fit(SASRec(SHAPE, seed=0), histories, validation, settings, seed=0, report=lambda _: None)
+    assert len(seen) == 3
+    for number, items in enumerate(seen, 1):
+        assert (np.sort(items) == np.sort(histories.items)).all()
+        rows = rows_of_step(Order(every, every, 0), number - 1)
+        expected = windows(shuffled(histories, 1.0, (0, number)), SHAPE.max_history + 1)
+        assert (items == take(expected, rows).items).all()
 
 
 def test_nothing_to_learn_from_is_refused() -> None:
