@@ -187,7 +187,7 @@ class Users(Chosen):
     layers: Count = 2
     heads: Count = 2
     max_history: Count = 50
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    dropout: Dropout = 0.2
     loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
     sampled_negatives: Count = Field(256, description="For sampled_softmax; shared by a batch.")
     sampler: Literal[
@@ -203,7 +203,7 @@ class Users(Chosen):
     global_batch: Count = 128
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 0.0
-    shuffled: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+    shuffled: Share = Field(
         0.0, description="Share of histories cut into windows in a random order, others in every pass."
     )
 
