@@ -161,6 +161,21 @@ def target_ranks(
     return ranks(table, is_target.argmax(axis=1), valid)
 
 
+def best_candidates(
+    scores: list[NDArray[Any]], candidates: list[NDArray[Any]], targets: NDArray[Any], keep: int
+) -> NDArray[np.int64]:
+    """Return the items ranked first in every row, best first, with ties against the target; [R, keep], -1 where fewer.
+
+    The target's place agrees with `target_ranks`.
+    """
+    items, lengths = concatenated(candidates)
+    of_candidates, valid = padded(items, lengths, fill=-1)
+    table, _ = padded(concatenated(scores)[0], lengths, fill=0.0)
+    columns = best_first(table, ((of_candidates == targets[:, None]) & valid).argmax(axis=1), valid, keep)
+    found: NDArray[np.int64] = np.where(columns >= 0, np.take_along_axis(of_candidates, columns, axis=1), -1)
+    return found.astype(np.int64)
+
+
 def lists(column: pa.ChunkedArray) -> list[NDArray[Any]]:
     """Return a list column as one array a row."""
     flat, lengths = flat_lists(column)

@@ -227,7 +227,7 @@ def test_validation_reads_no_vectors_and_leaves_the_margins_average_alone(world:
     feed, rows = feed_of(world, Share(1, 10**6), objective), np.arange(6)
     examples = world.shards.take(rows)
     validation = ValidationRows(examples.histories, examples.items[:, 0].astype(np.int64), list(examples.items))
-    assert set(signature(validate).parameters) == {"engine", "catalogue", "rows", "token_budget"}
+    assert set(signature(validate).parameters) == {"engine", "catalogue", "rows", "token_budget", "popularity"}
     asked = {}
     for between in ("nothing", "validation", "evaluated by the step"):
         engine, step = Recorder(world.scorer()), AlignStep(objective, MarginCentre())
