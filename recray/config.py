@@ -545,6 +545,11 @@ class Align(Part):
     seconds: Seconds | None = Field(None, description="Of steps; stop at the first validation after so long.")
     validation_rows: Rows = Field(512, description="On which a fit is judged; a seeded sample.")
     tokens_per_micro_batch: Tokens = Field(16384, description="Most that a process passes through the model at once.")
+    refresh_every: Count | None = Field(
+        None,
+        description="Steps after which negatives are drawn again from what the model then ranks highest, a multiple of "
+        "validate_every; for the samplers self_play and top_k_stochastic. None: never.",
+    )
     window_rows: Rows = Field(65536, description="Rows of the shuffle window: what one pass keeps close together.")
     micro_batches: Count = Field(1, description="Least micro-batches a rank and step; token budgets may ask for more.")
 
@@ -659,6 +664,23 @@ class Pipeline(Part):
             raise ValueError(
                 f"align.num_negatives or tune.num_negatives asks for {wanted} negatives a row, but negatives.num "
                 f"draws {self.negatives.num}; raise negatives.num or lower the others"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _negatives_can_be_refreshed(self) -> Self:
+        every = self.align.refresh_every
+        if every is None:
+            return self
+        if self.negatives.sampler not in ("self_play", "top_k_stochastic"):
+            raise ValueError(
+                f"align.refresh_every is {every}, but negatives.sampler={self.negatives.sampler} does not look at the "
+                "model that is trained; set negatives.sampler=top_k_stochastic or self_play"
+            )
+        if every % self.align.validate_every:
+            raise ValueError(
+                f"align.refresh_every is {every}, but must be a multiple of align.validate_every, "
+                f"{self.align.validate_every}: negatives are drawn again where a checkpoint is written"
             )
         return self
 

@@ -29,7 +29,9 @@ SHARED_BY_STAGES = (
     "alignment",
     "rowwise",
     "scoring",
+    "item_scores",
     "pools",
+    "refreshing",
 )
 # The only importers of heavy libraries: patterns of module names.
 IMPORTERS = {

@@ -1,7 +1,7 @@
 """Preference optimisation from the SFT model: NAPO and its family. Ray Train and DeepSpeed ZeRO."""
 
 from recray.config import Align
-from recray.stages.alignment import alignment, meet_the_truth, run_alignment, write_examples
+from recray.stages.alignment import alignment, meet_the_truth, remove_parts, run_alignment, write_examples
 from recray.stages.flow import Job
 from recray.stages.recommender import refuse_other_reference, warn_of_dropout, write_fitted
 
@@ -21,4 +21,5 @@ def run(job: Job) -> None:
     write_fitted(job.out, fitted, job.workspace.folder("sft", "model"), name, lora=part.lora, base="sft/model")
     job.out.facts["objective"] = part.objective.model_dump(mode="json")
     job.workspace.remove(".training", name)
+    remove_parts(job.workspace, name)
     job.workspace.remove(".training", examples)

@@ -1,6 +1,6 @@
 """Preference optimisation on Ray, for one setting: what `align` does once and `tune` many times."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from recray.config import Align, Resources, Sft
 from recray.data.examples import (
@@ -21,9 +22,20 @@ from recray.data.examples import (
 from recray.errors import ConfigError
 from recray.lm.lora import add_adapter
 from recray.lm.scorer import ItemScorer
-from recray.stages.fitting import Feed, Fit, Fitted, RayContext, run_fit
-from recray.stages.recommender import catalogue_from, engine_of, open_from, sft_feed, validation_rows
+from recray.ranking.baselines import item_popularity
+from recray.stages.fitting import Feed, Fit, Fitted, checkpoints, run_fit
+from recray.stages.recommender import (
+    catalogue_from,
+    engine_of,
+    open_from,
+    sft_feed,
+    validation_rows,
+    write_trained,
+)
+from recray.stages.refreshing import Drawn, draw_again
+from recray.stages.scoring import training_of
 from recray.train.audit import known_false_negatives
+from recray.train.context import WorkerContext
 from recray.train.engine import Engine
 from recray.train.feeding import AlignFeed, Share
 from recray.train.log import MetricsLog
@@ -36,6 +48,7 @@ from recray.train.validation import validate
 from recray.workspace import Workspace
 
 AUDITED_STEPS = 20
+WHOLE = "whole.json"  # written last into a folder that is read only when it is whole
 
 
 @dataclass(frozen=True)
@@ -49,26 +62,31 @@ class Alignment:
     seed: int
     reference: str  # recray.config.Reference.source
     watch_seed: int  # of the sample of validation rows
+    until: int | None = None  # stop at this step, to go on with other examples; None: at the last
+    policy: str | None = None  # folder below .training that then gets the model as it is by then
 
 
-def write_examples(workspace: Workspace, name: str) -> int:
+def write_examples(workspace: Workspace, name: str, drawn: Drawn | None = None) -> int:
     """Join all that is known of each example into shards that trainers' feeds read; return their number.
+
+    Args:
+        workspace: With all tables.
+        name: Folder below `.training` for the shards.
+        drawn: Negatives and their reference scores; None: those of the stages.
 
     Raises:
         WorkspaceError: if the reference scores are another model's.
     """
+    if drawn is None:
+        scored = _reference_source(workspace) == "table"
+        drawn = Drawn(workspace.table("negatives", "train"), workspace.table("reference", "train") if scored else None)
     train = workspace.table("sequences", "train")
     met = met_in_training(workspace.table("sequences", "histories"), train)
-    table = join_examples(
-        train,
-        workspace.table("negatives", "train"),
-        workspace.table("reference", "train") if _reference_source(workspace) == "table" else None,
-        workspace.table("users", "train"),
-        met,
-    )
+    table = join_examples(train, drawn.negatives, drawn.reference, workspace.table("users", "train"), met)
     with TemporaryDirectory(prefix="recray-examples-") as folder:
         write_shards(Path(folder), table)
         workspace.put_folder(Path(folder), ".training", name)
+    workspace.write_json({"rows": table.num_rows}, ".training", name, WHOLE)
     return int(table.num_rows)
 
 
@@ -98,14 +116,73 @@ def run_alignment(
     setting: Alignment, resources: Resources, *, run: str, name: str, callbacks: list[Any] | None = None
 ) -> Fitted:
     """Fit one setting; a run of the same name goes on where it was."""
-    fitting = Fit(
+    every = setting.part.refresh_every
+    if every is None or setting.part.objective.name == "sft" or every >= setting.part.steps:
+        return _run_part(setting, resources, run, name, callbacks)
+    return _run_in_parts(setting, resources, run, name, callbacks, every)
+
+
+def _run_part(setting: Alignment, resources: Resources, run: str, name: str, callbacks: list[Any] | None) -> Fitted:
+    """Fit up to where the setting says."""
+    return run_fit(fit_of(setting, run=run, name=name), setting.workspace, resources, callbacks=callbacks)
+
+
+def fit_of(setting: Alignment, *, run: str, name: str) -> Fit:
+    """Return the fit of a setting, up to where it says, without running it."""
+    return Fit(
         name=name,
         run=run,
-        steps=setting.part.steps,
+        steps=setting.until or setting.part.steps,
         make_feed=partial(make_feed, setting),
         work=partial(_work, setting),
     )
-    return run_fit(fitting, setting.workspace, resources, callbacks=callbacks)
+
+
+def _run_in_parts(
+    setting: Alignment, resources: Resources, run: str, name: str, callbacks: list[Any] | None, every: int
+) -> Fitted:
+    """Fit `every` steps at a time, each part on negatives from what the model ranks highest when it begins.
+
+    What a part needs is kept until `remove_parts`: a run that was stopped anywhere goes on with the part it was in.
+    """
+    workspace, steps = setting.workspace, setting.part.steps
+    saved = checkpoints(workspace, run, resources).newest(tell=False)
+    part = 0 if saved is None else min(saved.step, steps - 1) // every
+    if part and not _whole(workspace, _examples(run, part)) and not _whole(workspace, _policy(run, part)):
+        part -= 1  # stopped between its last checkpoint and handing its model over: it has that left to do
+    while True:
+        examples, until = setting.examples, min(steps, (part + 1) * every)
+        if part:
+            examples = _examples(run, part)
+            if not _whole(workspace, examples):
+                model = (".training", _policy(run, part))
+                again = draw_again(workspace, resources, model=model, version=part, seed=setting.seed)
+                write_examples(workspace, examples, again)
+        handed_over = _policy(run, part + 1) if until < steps else None
+        here = replace(setting, examples=examples, until=until, policy=handed_over)
+        fitted = _run_part(here, resources, run, name, callbacks)
+        if until == steps or fitted.progress.step < until:  # or the clock has stopped it
+            return fitted
+        part += 1
+
+
+def _examples(run: str, part: int) -> str:
+    return f"{run}-part-{part}-examples"
+
+
+def _policy(run: str, part: int) -> str:
+    return f"{run}-part-{part}-policy"
+
+
+def _whole(workspace: Workspace, name: str) -> bool:
+    return workspace.exists(".training", name, WHOLE)
+
+
+def remove_parts(workspace: Workspace, run: str) -> None:
+    """Remove what a run in parts kept for going on: for whoever has written its result."""
+    for name in workspace.names(".training"):
+        if name.startswith(f"{run}-part-"):
+            workspace.remove(".training", name)
 
 
 def make_feed(setting: Alignment, world_size: int) -> Feed:
@@ -162,7 +239,7 @@ def _reference_pass(setting: Alignment) -> ReferencePass | None:
     return None
 
 
-def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
+def _work(setting: Alignment, context: WorkerContext, log: MetricsLog) -> Progress:
     """Fit the model on one rank."""
     workspace, part = setting.workspace, setting.part
     model, catalogue = open_from(workspace, "sft", "model")
@@ -171,6 +248,8 @@ def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
     chosen = part.optimiser
     engine = engine_of(model, chosen)
     rows = validation_rows(workspace, part.validation_rows, setting.watch_seed)
+    training = training_of(workspace)
+    popularity = item_popularity(training.items, training.num_items)
     centre = MarginCentre()
     step = None
     if part.objective.name != "sft":
@@ -190,13 +269,34 @@ def _work(setting: Alignment, context: RayContext, log: MetricsLog) -> Progress:
         chosen.final_fraction,
         clock_limit_s=part.seconds,
         most_skipped=chosen.most_skipped,
+        until=setting.until,
     )
-    return fit(
+    progress = fit(
         engine,
         context,
         plan,
         take_step=take_step,
-        validate=lambda: validate(engine, catalogue, rows, token_budget=part.tokens_per_micro_batch),
+        validate=lambda: validate(
+            engine, catalogue, rows, token_budget=part.tokens_per_micro_batch, popularity=popularity
+        ),
         log=log,
         centre=centre,
     )
+    if setting.policy is not None and progress.step == plan.end:
+        _hand_over(setting, engine, context.rank, progress.step)
+    return progress
+
+
+def _hand_over(setting: Alignment, engine: Engine, rank: int, step: int) -> None:
+    """Write the model as it is now, not at its best, for negatives to be drawn from; a collective."""
+    assert setting.policy is not None
+    weights = engine.whole_weights()
+    if rank:
+        return
+    with TemporaryDirectory(prefix="recray-policy-") as name:
+        folder, file = Path(name) / "model", Path(name) / "weights.safetensors"
+        save_file(weights, file)
+        start = setting.workspace.folder("sft", "model")
+        write_trained(file, start, folder, Path(name) / "adapter", lora=setting.part.lora)
+        setting.workspace.put_folder(folder, ".training", setting.policy)
+    setting.workspace.write_json({"step": step}, ".training", setting.policy, WHOLE)

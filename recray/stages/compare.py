@@ -28,7 +28,7 @@ from recray.ranking.seeds import over_seeds
 from recray.ranking.summary import Ranked, Settings
 from recray.report.comparison import START, Comparison, render_comparison
 from recray.report.tables import differences_table, results_table
-from recray.stages.alignment import Alignment, alignment, run_alignment, write_examples
+from recray.stages.alignment import Alignment, alignment, remove_parts, run_alignment, write_examples
 from recray.stages.fitting import Fitted
 from recray.stages.flow import Job
 from recray.stages.recommender import refuse_other_reference, write_best
@@ -132,6 +132,7 @@ def _result(job: Job, each: _Run, setting: Alignment, test: pa.Table, of: int) -
     workspace.write_json(result, ".training", done)  # the last: with it the run is done
     for left in (each.name, f"{each.name}-log", model):
         workspace.remove(".training", left)
+    remove_parts(workspace, each.name)
     return result
 
 

@@ -19,7 +19,7 @@ from recray.negatives.nearest import neighbours
 from recray.negatives.registry import SAMPLERS, Prepared, needs_of, prepared
 from recray.negatives.same_category import Genres, genres_of
 from recray.ranking import genres as catalogue_genres
-from recray.schema import COUNTED_NEGATIVES, NEGATIVES
+from recray.schema import COUNTED_NEGATIVES, NEGATIVES, POOLS
 from recray.stages.flow import Job
 from recray.stages.rowwise import read_rows, write_rows
 from recray.users.ragged import from_arrow
@@ -42,7 +42,7 @@ def run(job: Job) -> None:
         return
     frequency = np.bincount(from_arrow(histories["items"]).items, minlength=num_items)
     sampler = prepared(part.sampler, _told(job, examples, frequency, met_ref))
-    dataset, rows = read_rows(job, "sequences", "train", ["row", "user_id"])
+    dataset, rows = read_rows(job.workspace, "sequences", "train", ["row", "user_id"])
     drawn = dataset.map_batches(
         draw_batch,
         batch_format="pyarrow",
@@ -119,9 +119,13 @@ def _scores(job: Job, rows: np.ndarray) -> Scores:
 
 
 def _pools(job: Job, met_ref: ray.ObjectRef) -> Any:
-    from recray.stages.pools import write_pools  # a language model takes seconds to import, and few samplers need one
+    # A language model takes seconds to import, and few samplers need one.
+    from recray.stages.pools import pools_of, rank_candidates
 
-    return write_pools(job, met_ref, candidates=job.part.candidates)
+    ranked, rows = rank_candidates(job.workspace, met_ref, job.part, seed=job.seed, resources=job.resources)
+    write_rows(job, "pools", ranked, rows, POOLS)
+    written = pads.dataset(job.out.path("pools"), filesystem=job.out.fs, schema=POOLS, format="parquet").to_table()
+    return pools_of(written, job.workspace.table("ingest", "items", ["item"]).num_rows)
 
 
 def _fallbacks(job: Job, num: int) -> dict[str, int]:

@@ -177,10 +177,17 @@ def write_best(
 ) -> None:
     """Write a fit's best weights to `folder` as a recommender like `start`; an adapter's own also to `adapter`."""
     with fitted.weights() as file:
-        if lora is None:
-            write_weights(file, start, folder)
-        else:
-            write_adapted(file, start, folder, adapter, lora=lora, base=base)
+        write_trained(file, start, folder, adapter, lora=lora, base=base)
+
+
+def write_trained(
+    weights_file: Path, start: Path, folder: Path, adapter: Path, *, lora: Lora | None, base: str | None = None
+) -> None:
+    """Write what was trained, all weights or an adapter, to `folder` as a recommender like `start`."""
+    if lora is None:
+        write_weights(weights_file, start, folder)
+    else:
+        write_adapted(weights_file, start, folder, adapter, lora=lora, base=base)
 
 
 def write_weights(weights_file: Path, start: Path, folder: Path) -> None:

@@ -10,53 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
-import torch
 from jaxtyping import Bool, Int
 from numpy import ndarray
-from ray.data import ActorPoolStrategy
 
 from recray.config import Reference
-from recray.data.examples import aligned, find_scores, list_arrays, list_values, matrix
+from recray.data.examples import aligned, find_scores, list_values, matrix
 from recray.data.prompts import find_template
 from recray.errors import DataError
-from recray.lm.scorer import ItemScorer, score_rows
 from recray.schema import REFERENCE
 from recray.stages.flow import STAGES, Job
-from recray.stages.recommender import open_from, scorer_print
+from recray.stages.item_scores import ROWS_AT_ONCE, score_items
+from recray.stages.recommender import scorer_print
 from recray.workspace import Workspace, fingerprint
 
 logger = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 256
-
-
-class ScoreRows:
-    """Ray Data actor: rows with their items in, scores of these items out."""
-
-    def __init__(self, workspace: Workspace, tokens_per_micro_batch: int, threads: int) -> None:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(threads)
-        model, self._catalogue = open_from(workspace, "sft", "model")
-        self._scorer = ItemScorer(model).eval()
-        if torch.cuda.is_available():
-            self._scorer.cuda()
-        self._tokens = tokens_per_micro_batch
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        items = list_arrays(batch["items"])
-        scores = score_rows(
-            self._scorer,
-            self._catalogue,
-            list_arrays(batch["history"]),
-            items,
-            tokens_per_micro_batch=self._tokens,
-        )
-        columns = [
-            batch["row"],
-            pa.array(items, pa.list_(pa.int32())),
-            pa.array(scores, pa.list_(pa.float32())),
-        ]
-        return pa.table(columns, schema=REFERENCE)
 
 
 def run(job: Job) -> None:
@@ -124,15 +91,12 @@ def _score(job: Job, rows: pa.Table) -> pa.Table:
         return REFERENCE.empty_table()
     part: Reference = job.part
     blocks = [rows.slice(start, ROWS_AT_ONCE) for start in range(0, rows.num_rows, ROWS_AT_ONCE)]
-    resources = job.resources
-    scored = ray.data.from_arrow(blocks).map_batches(
-        ScoreRows,
-        batch_format="pyarrow",
-        batch_size=ROWS_AT_ONCE,
-        compute=ActorPoolStrategy(size=resources.data_actors),
-        num_cpus=1,
-        num_gpus=1 if resources.gpus_per_worker > 0 else None,
-        fn_constructor_args=(job.workspace, part.tokens_per_micro_batch, resources.threads_per_worker),
+    scored = score_items(
+        ray.data.from_arrow(blocks),
+        job.workspace,
+        ("sft", "model"),
+        tokens_per_micro_batch=part.tokens_per_micro_batch,
+        resources=job.resources,
     )
     return pa.concat_tables(ray.get(scored.to_arrow_refs()))
 

@@ -8,16 +8,17 @@ from ray.data import Dataset
 
 from recray.errors import DataError
 from recray.stages.flow import Job
+from recray.workspace import Workspace
 
 READ_CPUS = 0.25  # reading must always find room beside the actors that compute
 
 
-def read_rows(job: Job, stage: str, name: str, columns: list[str]) -> tuple[Dataset, np.ndarray]:
+def read_rows(workspace: Workspace, stage: str, name: str, columns: list[str]) -> tuple[Dataset, np.ndarray]:
     """Return these columns of a finished table as a stream, and its row ids."""
-    rows = job.workspace.table(stage, name, ["row"])["row"].to_numpy()
+    rows = workspace.table(stage, name, ["row"])["row"].to_numpy()
     dataset = ray.data.read_parquet(
-        job.workspace.path(stage, name),
-        filesystem=job.workspace.fs,
+        workspace.path(stage, name),
+        filesystem=workspace.fs,
         num_cpus=READ_CPUS,
     ).select_columns(columns)
     return dataset, rows

@@ -47,6 +47,12 @@ class Plan(NamedTuple):
     final_fraction: float
     clock_limit_s: float | None = None  # stop at the next validation after so many seconds of steps
     most_skipped: int = 10  # steps with a loss or gradient that is not finite; one more ends the run
+    until: int | None = None  # stop at this step, a validated one, to go on with other units later; None: at `steps`
+
+    @property
+    def end(self) -> int:
+        """The step that is the last for now."""
+        return self.steps if self.until is None else min(self.until, self.steps)
 
 
 @dataclass
@@ -140,13 +146,13 @@ class _Run:
         units: Iterator[Unit] | None = None
         while True:
             if progress.validated != progress.step and (
-                progress.step % plan.validate_every == 0 or progress.step == plan.steps
+                progress.step % plan.validate_every == 0 or progress.step == plan.end
             ):
                 self.look_up()
             if progress.validated == progress.step and self.is_over():
                 break
             units = units or self.context.units(progress.step)
-            self.train_until(min(plan.steps, (progress.step // plan.validate_every + 1) * plan.validate_every), units)
+            self.train_until(min(plan.end, (progress.step // plan.validate_every + 1) * plan.validate_every), units)
         self.settle_the_last()
         self.log.close()
         return progress
@@ -269,7 +275,7 @@ class _Run:
         progress, plan = self.progress, self.plan
         late = plan.clock_limit_s is not None and progress.seconds >= plan.clock_limit_s
         stale = plan.patience is not None and progress.stale >= plan.patience
-        return late or stale or progress.step >= plan.steps
+        return late or stale or progress.step >= plan.end
 
 
 def digest(rows: list[int]) -> str:

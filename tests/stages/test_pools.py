@@ -22,9 +22,9 @@ NONE: frozenset[str] = frozenset()
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def _ready(prepared: Workspace, pipeline: Pipeline, folder: Path) -> Workspace:
+def ready_for_pools(prepared: Workspace, pipeline: Pipeline, folder: Path) -> Workspace:
     """Return a workspace with everything that such negatives read; its model has not learned anything."""
-    for name in ("ingest", "sequences"):
+    for name in ("ingest", "sequences", "users"):
         shutil.copytree(prepared.path(name), folder / "workspace" / name)
     workspace = Workspace(str(folder / "workspace"))
     labels, template = labels_of(workspace), find_template(pipeline.sft.prompt.template)
@@ -42,7 +42,7 @@ def test_pools_are_ranked_by_the_model_and_negatives_come_from_them(
     prepared: Workspace, tiny_pipeline: Pipeline, tmp_path: Path
 ) -> None:
     pipeline = tiny_pipeline.model_copy(update={"negatives": Negatives(sampler="self_play", num=3, candidates=12)})
-    workspace = _ready(prepared, pipeline, tmp_path)
+    workspace = ready_for_pools(prepared, pipeline, tmp_path)
     run_stages(pipeline, workspace, ("negatives",), force=NONE)
     examples = workspace.table("sequences", "train").sort_by("row")
     pools = workspace.table("negatives", "pools").sort_by("row")
@@ -83,6 +83,6 @@ def test_a_prompt_that_shows_candidates_is_refused(
     shown = tiny_pipeline.sft.model_copy(update={"prompt": Prompt(template="instruction_candidates")})
     update = {"sft": shown, "negatives": Negatives(sampler="self_play", num=3, candidates=12)}
     pipeline = tiny_pipeline.model_copy(update=update)
-    workspace = _ready(prepared, pipeline, tmp_path)
+    workspace = ready_for_pools(prepared, pipeline, tmp_path)
     with pytest.raises(Exception, match="negatives.sampler=self_play ranks items one by one"):
         run_stages(pipeline, workspace, ("negatives",), force=NONE)

@@ -17,6 +17,7 @@ from recray.lm.load import make_model, save_model
 from recray.schema import NEGATIVES, REFERENCE
 from recray.stages import reference
 from recray.stages.flow import STAGES, run_stages
+from recray.stages.item_scores import ScoreItems
 from recray.stages.recommender import labels_of
 from recray.workspace import Workspace
 
@@ -61,7 +62,7 @@ def ready(prepared: Workspace, tiny_pipeline: Pipeline, tmp_path: Path, monkeypa
 
 def score(job: Any, rows: pa.Table) -> pa.Table:
     """In place of Ray Data: the actor, on blocks that come back in another order."""
-    actor = reference.ScoreRows(job.workspace, job.part.tokens_per_micro_batch, 1)
+    actor = ScoreItems(job.workspace, ("sft", "model"), job.part.tokens_per_micro_batch, 1)
     blocks = [actor(rows.slice(start, 32)) for start in range(0, rows.num_rows, 32)]
     return pa.concat_tables([*blocks[::-1], REFERENCE.empty_table()])
 

@@ -153,6 +153,19 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert torch.equal(*(best_weights(path)["weight"] for path in (tmp_path / "whole", folder)))
 
 
+def test_a_run_in_parts_is_the_run_in_one_go(tmp_path: Path) -> None:
+    scores = [0.1, 0.3, 0.5, 0.2, 0.4]
+    whole, engine, log = run(tmp_path / "whole", scores, plan_of())
+    ends = []
+    for until in (6, 9, 12, 15):  # the rate's schedule is that of all steps; past the end nothing is left to do
+        progress, parted, log_parted = run(tmp_path / "parts", scores, plan_of(until=until))
+        ends.append(progress.step)
+    assert ends == [6, 9, 12, 12]
+    assert (progress.best, progress.best_step) == (whole.best, whole.best_step)
+    assert torch.equal(engine.whole_weights()["weight"], parted.whole_weights()["weight"])
+    assert [line["step"] for line in log_parted.lines()] == [line["step"] for line in log.lines()]
+
+
 @pytest.mark.parametrize("stops", [[1], [4], [8, 11], [2, 3, 5, 7]])
 def test_each_row_is_read_once_however_often_a_run_is_killed(tmp_path: Path, stops: list[int]) -> None:
     scores = [0.1, 0.3, 0.5, 0.2, 0.4]
