@@ -59,7 +59,7 @@ def run(job: Job) -> None:
 def _embed(job: Job, split: str) -> None:
     """Stream a split's histories through the actors."""
     resources = job.resources
-    dataset, rows = read_rows(job, "sequences", split, ["row", "history"])
+    dataset, rows = read_rows(job.workspace, "sequences", split, ["row", "history"])
     gpu = resources.gpus_per_worker > 0
     model = (".partial", job.out.stage, "model")
     vectors = dataset.map_batches(
