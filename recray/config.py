@@ -302,6 +302,11 @@ class Sft(Part):
     shuffled: Share = Field(
         0.0, description="Share of histories cut into windows in a random order, others in every pass; for `titles`."
     )
+    replaced: Share = Field(
+        0.0,
+        description="Share of a window's items that give way to random ones of the catalogue, others in every pass; "
+        "for `titles`.",
+    )
     passes: Passes = Field(8, description="Most, over all histories.")
     patience: Annotated[Count, Unit("validations")] = Field(
         2, description="Validations without a better NDCG@10 before it stops."

@@ -83,7 +83,13 @@ def sft_feed(workspace: Workspace, catalogue: Catalogue, part: Sft, seed: int, w
     order = Order(sft_rows(workspace, part, catalogue), part.global_batch, seed)
     if catalogue.streams:
         return StreamFeed(
-            _histories(workspace), catalogue, order, share, window_items=part.window_items, shuffled=part.shuffled
+            _histories(workspace),
+            catalogue,
+            order,
+            share,
+            window_items=part.window_items,
+            shuffled=part.shuffled,
+            replaced=part.replaced,
         )
     table = workspace.table("sequences", "train").sort_by("row")
     targets = table["target"].to_numpy().astype(np.int64)

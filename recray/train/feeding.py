@@ -230,7 +230,8 @@ class StreamFeed:
     A row is one window of `window_items` items of one history. In every epoch a history's windows begin at another
     seeded place, so that an item is not always seen behind the same context; each item is a target once an epoch.
     A share `shuffled` of the histories, others in every epoch, has its items in a seeded random order, so that a window
-    holds items from anywhere in the history: what goes together, beside what follows what.
+    holds items from anywhere in the history: what goes together, beside what follows what. A share `replaced` of all
+    items, others in every epoch, gives way to items drawn uniformly from the catalogue, as context and as targets.
     """
 
     def __init__(
@@ -242,9 +243,11 @@ class StreamFeed:
         *,
         window_items: int,
         shuffled: float = 0.0,
+        replaced: float = 0.0,
     ) -> None:
         self._histories, self._catalogue, self._share = histories, catalogue, share
-        self._order, self._window, self._shuffled = order, window_items, shuffled
+        self._order, self._window = order, window_items
+        self._shuffled, self._replaced = shuffled, replaced
         self._plan = OfStep(self._planned)
         self._history, self._number, self._slack = windows_of(
             np.array([history.size for history in histories], dtype=np.int64), window_items
@@ -278,7 +281,14 @@ class StreamFeed:
         if rng.random() < self._shuffled:
             history = rng.permutation(history)
         start = int(self._number[row]) * self._window - shift
-        return history[max(0, start) : start + self._window]
+        return self._noisy(history[max(0, start) : start + self._window], row, epoch)
+
+    def _noisy(self, items: Int[ndarray, " n"], row: int, epoch: int) -> Int[ndarray, " n"]:
+        if not self._replaced:
+            return items
+        rng = np.random.default_rng([self._order.seed, epoch, row, 1])
+        others = rng.integers(self._catalogue.num_items, size=items.size)
+        return np.where(rng.random(items.size) < self._replaced, others, items)
 
 
 def windows_of(lengths: Int[ndarray, " H"], window: int) -> tuple[ndarray, ndarray, ndarray]:

@@ -132,6 +132,22 @@ def test_so_many_histories_are_shuffled_whole_others_in_every_epoch(shuffled: fl
     assert not any(np.array_equal(epochs[0][number], epochs[1][number]) for number in both)
 
 
+def test_so_many_items_give_way_to_any_of_the_catalogue_others_in_every_epoch(world) -> None:  # type: ignore[no-untyped-def]
+    histories = [np.zeros(30, dtype=np.int32) for _ in range(200)]  # a replaced item is one that is not 0
+    rows = int(windows_of(np.full(200, 30), 7)[0].size)
+    feed = StreamFeed(
+        histories, world.catalogue, Order(rows, 16, 3), Share(1, 10**6), window_items=7, shuffled=0.5, replaced=0.2
+    )
+    epochs = np.array([items_of(feed, histories, epoch) for epoch in range(3)])
+    others = world.catalogue.num_items - 1
+    np.testing.assert_allclose((epochs != 0).mean(axis=(1, 2)), 0.2 * others / (others + 1), atol=0.02)
+    assert (np.bincount(epochs[epochs != 0], minlength=others + 1)[1:] > 0).all()
+    both = ((epochs[0] != 0) & (epochs[1] != 0)).mean()
+    assert both < 0.06  # 0.04 where epochs know nothing of each other
+    again = np.array(items_of(feed, histories, 2))
+    np.testing.assert_array_equal(again, epochs[2])
+
+
 def test_a_prompt_that_lists_candidates_does_not_give_the_target_away(world) -> None:  # type: ignore[no-untyped-def]
     template = find_template("instruction_candidates")
     catalogue = Catalogue.build(world.catalogue.labels, world.tokenizer, template, 400)
