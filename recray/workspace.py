@@ -7,6 +7,7 @@ WORKSPACE/
   STAGE/model/              a Hugging Face folder
   .partial/STAGE/           a stage at work; moved into place when whole, removed when it fails
   .training/STAGE-PRINT/    checkpoints of a fit under way
+  .lock/                    who is writing; see recray.lock
   .cache/reference/PRINT/   scores of one model for one set of rows, in files that are only ever added; may be removed
 """
 

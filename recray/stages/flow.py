@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from recray.config import Part, Pipeline, Resources
 from recray.errors import ConfigError, WorkspaceError
+from recray.lock import WorkspaceLock
 from recray.workspace import Manifest, StageOutput, Workspace, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,14 @@ def run_stages(
 
     Raises:
         ConfigError: if a name is no stage.
-        WorkspaceError: if the workspace is another run's, or an input is missing or out of date.
+        WorkspaceError: if the workspace is another run's or being written, or an input is missing or out of date.
     """
     for name in (*names, *force):
         if name not in STAGES:
             raise ConfigError(f"no stage {name!r}; there are: {', '.join(STAGES)}")
     workspace.claim(pipeline.name, pipeline.ingest.data)
     connected = False
-    with ExitStack() as stack:
+    with WorkspaceLock(workspace) as lock, ExitStack() as stack:
         for name in names:
             due = _due(pipeline, workspace, STAGES[name], force=name in force)
             if due is None:
@@ -97,7 +98,7 @@ def run_stages(
             if not connected:
                 stack.enter_context(ray())
                 connected = True
-            _run_stage(pipeline, workspace, STAGES[name], due)
+            _run_stage(pipeline, workspace, STAGES[name], due, lock)
 
 
 class _Due(NamedTuple):
@@ -124,7 +125,7 @@ def _due(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool)
     return _Due(settings, inputs, print_now, _reason(done, settings, inputs, force=force), force)
 
 
-def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due) -> None:
+def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due, lock: WorkspaceLock) -> None:
     logger.info("%s: %s", stage.name, due.reason)
     module = importlib.import_module(f"recray.stages.{stage.name}")
     with workspace.stage(
@@ -142,6 +143,7 @@ def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due
                 due.forced,
             )
         )
+        lock.check()
     done = workspace.require(stage.name)
     counts = ", ".join(f"{name} {count:,}" for name, count in done.counts.items())
     logger.info("%s: done in %.1f s (%s)", stage.name, done.seconds, counts)
