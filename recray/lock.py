@@ -138,7 +138,7 @@ class WorkspaceLock:
     def _is_dead(self, holder: Holder) -> bool:
         """Return whether a holder that has not ended is gone: a process of this machine, or one that does not beat."""
         if holder.about.get("place") == place():
-            dead = _started(holder.about["pid"]) != holder.about["started"]
+            dead = bool(_started(holder.about["pid"]) != holder.about["started"])
         else:
             logger.info("%s: held by %s; is it alive?", self._workspace.uri, holder)
             dead = self._stays_silent(holder)
