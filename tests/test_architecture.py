@@ -23,6 +23,7 @@ SHARED_BY_STAGES = (
     "cluster",
     "group",
     "embedding",
+    "feed",
     "fitting",
     "notice",
     "recommender",

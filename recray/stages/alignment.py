@@ -23,7 +23,8 @@ from recray.errors import ConfigError
 from recray.lm.lora import add_adapter
 from recray.lm.scorer import ItemScorer
 from recray.ranking.baselines import item_popularity
-from recray.stages.fitting import Feed, Fit, Fitted, checkpoints, run_fit
+from recray.stages.feed import Feed
+from recray.stages.fitting import Fit, Fitted, checkpoints, run_fit
 from recray.stages.recommender import (
     catalogue_from,
     engine_of,

@@ -20,7 +20,8 @@ from recray.lm.load import Model, load_model, open_catalogue, open_recommender, 
 from recray.lm.lora import add_adapter, merge_adapter, save_adapter
 from recray.lm.scorer import ItemScorer
 from recray.ranking.rows import refuse_faulty
-from recray.stages.fitting import Feed, Fitted, log_folder
+from recray.stages.feed import Feed
+from recray.stages.fitting import Fitted, log_folder
 from recray.train.collapse import collapse
 from recray.train.engine import Engine, kept_names, make_engine
 from recray.train.feeding import ExampleFeed, Share, StreamFeed, windows_of

@@ -19,7 +19,8 @@ from recray.lm.lora import add_adapter, check_targets, require_nf4
 from recray.lm.scorer import ItemScorer
 from recray.lm.selfcheck import choose_sharing
 from recray.ranking.baselines import item_popularity
-from recray.stages.fitting import Feed, Fit, RayContext, run_fit
+from recray.stages.feed import Feed
+from recray.stages.fitting import Fit, run_fit
 from recray.stages.flow import Job
 from recray.stages.recommender import (
     catalogue_from,
@@ -34,6 +35,7 @@ from recray.stages.recommender import (
     warn_of_dropout,
     write_fitted,
 )
+from recray.train.context import WorkerContext
 from recray.train.log import MetricsLog
 from recray.train.loop import Plan, Progress, fit
 from recray.train.step import MarginCentre, stream_step
@@ -184,7 +186,7 @@ def _work(
     seed: int,
     steps: int,
     every: int,
-    context: RayContext,
+    context: WorkerContext,
     log: MetricsLog,
 ) -> Progress:
     """Fit the model on one rank."""

@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from recray.config import Align, Resources, Tune
 from recray.stages.alignment import Alignment, alignment, run_alignment, write_examples
 from recray.stages.cluster import DATA_CPUS
-from recray.stages.fitting import FEED_CPUS
+from recray.stages.feed import FEED_CPUS
 from recray.stages.flow import Job
 from recray.stages.recommender import refuse_other_reference
 

@@ -17,7 +17,8 @@ from recray.ranking.metrics import ndcg
 from recray.ranking.rows import lists, target_ranks
 from recray.stages import compare
 from recray.stages.alignment import Alignment, alignment, run_alignment
-from recray.stages.fitting import Fitted, unit_dataset
+from recray.stages.feed import unit_dataset
+from recray.stages.fitting import Fitted
 from recray.stages.flow import run_stages
 from recray.stages.recommender import open_from, validation_rows
 from recray.stages.tune import trials_at_once
