@@ -22,15 +22,17 @@ def movielens() -> Pipeline:
         ),
         users=Users(dim=64, passes=40, patience=6),
         # On a log this small and dense what goes together says more than what follows what: windows of shuffled
-        # histories teach it, in many passes. Whole titles as tokens make a window less than half as long (docs/lab.md).
+        # histories teach it, in many passes, and better with some random items in them. Whole titles as tokens make a
+        # window less than half as long (docs/lab.md).
         sft=Sft(
             model=LanguageModel(
                 hidden_size=128, layers=4, heads=4, intermediate_size=384, vocabulary=8192, tokens="titles"
             ),
             shuffled=0.6,
+            replaced=0.1,
             window_items=40,
             global_batch=8,
-            passes=20,
+            passes=28,
             patience=8,
             validate_every=2,
             validation_rows=568,
