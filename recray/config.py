@@ -432,25 +432,56 @@ class _Objective(Part):
     sharing_threshold: float = Field(0.5, description="Least similarity, for threshold.")
     similarity: Literal["cosine", "dot"] = "cosine"
     guard: bool = Field(True, description="A borrower never uses an item it met in training, nor its own target.")
+    guard_near: Literal["none", "mask", "shrink"] = Field(
+        "none", description="Borrowed items that the user likely likes are left out, or their margin shrinks to 0."
+    )
+    guard_threshold: Annotated[float, Field(ge=-0.5, le=0.5)] = Field(
+        -0.4, description="Confidence below which guard_near acts: at -0.4, in what is liked more than 90 % of items."
+    )
+    guard_own: bool = Field(False, description="guard_near acts on the user's own negatives, too.")
+    reuse: Literal["score", "item"] = Field(
+        "score",
+        description="Of borrowed negatives: scores under the owner's prompt (napo), or items, scored under one's own.",
+    )
+    reuse_items: Items = Field(8, description="Most that a user borrows in a step, for reuse=item.")
     detach_shared: bool = Field(False, description="As released: no negative that NAPO reads gets a gradient.")
     subtract_log_pool: bool = Field(False, description="Subtract ln |N_i|, so that pool size does not act as margin.")
     nll_weight: NonNegative = Field(0.0, description="Of the positive's negative log-probability, added as an anchor.")
     length_normalised: bool = Field(False, description="Scores are means over an item's tokens, not sums.")
 
     @property
-    def borrows(self) -> bool:
-        """Whether it looks at other users' negatives."""
+    def has_margins(self) -> bool:
+        """Whether it reads a pool of negatives with a margin each: its own, and what it borrows."""
         return self.name in registry.OBJECTIVES and "pool_score" in registry.OBJECTIVES[self.name].reads
+
+    @property
+    def shares_scores(self) -> bool:
+        """Whether it looks at scores of other users' negatives."""
+        return self.has_margins and self.reuse == "score" and self.sharing != "none"
+
+    @property
+    def reuses_items(self) -> bool:
+        """Whether users score others' negatives under their own prompt."""
+        return self.reuse == "item" and registry.lengthens(self.name)
+
+    @property
+    def most_borrowed(self) -> int:
+        """Most items that stand behind a user's own candidates."""
+        return self.reuse_items if self.reuses_items else 0
 
     @property
     def uses_reference(self) -> bool:
         """Whether its scores are log-ratios: by choice where there is one, else not."""
-        return self.reference and "reference" in registry.settings_of(self.name)
+        return self.reference and "reference" in self._own_settings
 
     @property
     def settings(self) -> dict[str, Any]:
         """All settings of this objective, by name."""
-        return {name: getattr(self, name) for name in registry.settings_of(self.name)}
+        return {name: getattr(self, name) for name in self._own_settings}
+
+    @property
+    def _own_settings(self) -> tuple[str, ...]:
+        return registry.settings_of(self.name, {"reuse": self.reuse, "guard_near": self.guard_near})
 
     @model_validator(mode="before")
     @classmethod
@@ -458,10 +489,12 @@ class _Objective(Part):
         name = given.get("name", "napo") if isinstance(given, Mapping) else None
         if name not in registry.names():
             return given  # for others to say
-        wrong = [_not_a_setting(key, name, set(cls.model_fields)) for key in given if not _speaks_of(key, given, name)]
+        wrong = [
+            _not_a_setting(key, name, given, set(cls.model_fields)) for key in given if not _speaks_of(key, given, name)
+        ]
         if wrong:
             raise PydanticCustomError("objective_setting", "{wrong}", {"wrong": "\n".join(wrong)})
-        kept = {key: value for key, value in given.items() if key == "name" or key in registry.settings_of(name)}
+        kept = {key: value for key, value in given.items() if key == "name" or key in registry.settings_of(name, given)}
         return {**registry.defaults_of(name), **kept}
 
     @field_validator("name")
@@ -477,11 +510,23 @@ class _Objective(Part):
             {"near": near, "names": names},
         )
 
+    @model_validator(mode="after")
+    def _borrows_from_somebody(self) -> Self:
+        if self.reuses_items and self.sharing == "none":
+            raise _refused("reuse: item needs users who lend, and sharing is none; set align.objective.sharing")
+        if self.guard_near == "shrink" and not (self.has_margins and self.margin != "none"):
+            raise _refused(
+                f"guard_near: shrink needs a margin to make smaller, and {self.name} has none here; set "
+                "align.objective.guard_near=mask"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _own_part(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Write down what this objective reads: the settings of others say nothing of it."""
-        own = registry.settings_of(self.name)
+        own = self._own_settings
         off = {key: value for key, value in registry.OPTIONS.items() if _default(self.name, key) == value}
+        off |= {key: _default(self.name, key) for key in registry.YOUNGER}
         return {
             key: value
             for key, value in dump(self).items()
@@ -495,13 +540,16 @@ def _default(name: str, key: str) -> Any:
 
 def _speaks_of(key: str, given: Mapping[str, Any], name: str) -> bool:
     """Return whether this objective has the setting, or is told that it has not: `margin=none` is true of all."""
-    return key == "name" or key in registry.settings_of(name) or (key in ("margin", "sharing") and given[key] == "none")
+    own = registry.settings_of(name, given)
+    return key == "name" or key in own or (key in ("margin", "sharing") and given[key] == "none")
 
 
-def _not_a_setting(key: str, name: str, known: set[str]) -> str:
-    own = [*registry.settings_of(name), "name"]
+def _not_a_setting(key: str, name: str, given: Mapping[str, Any], known: set[str]) -> str:
+    own = [*registry.settings_of(name, given), "name"]
     near = difflib.get_close_matches(key, own, n=1, cutoff=0.0)[0]
     what = f"not a setting of {name}" if key in known else "unknown setting"
+    if key in registry.every_setting_of(name):
+        what += " as it is set here"
     return f"{key}: {what}; the nearest is align.objective.{near}"
 
 
@@ -692,9 +740,12 @@ class Pipeline(Part):
     @model_validator(mode="after")
     def _compares_what_there_is(self) -> Self:
         try:
-            variants(self)
+            found = variants(self)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        for text, part in {self.align.objective.name: self.align, **found}.items():
+            if problem := unscored_reuse(part.objective, self.reference.source):
+                raise ValueError(f"{text}: {problem}")
         return self
 
     @model_validator(mode="after")
@@ -734,6 +785,16 @@ class Pipeline(Part):
             if missing:
                 raise ValueError(f"sft.model.quantization is {self.sft.model.quantization}, which needs {what}")
         return self
+
+
+def unscored_reuse(objective: Objective, source: str) -> str | None:
+    """Return what is wrong where items would be borrowed that have no reference score; None where nothing is."""
+    if not (objective.reuses_items and objective.uses_reference and source == "table"):
+        return None
+    return (
+        "reuse=item scores borrowed items under the borrower's prompt, for which the table has no reference scores; "
+        "set reference.source=adapter_off (with align.lora) or frozen_copy, or align.objective.reference=false"
+    )
 
 
 def variants(pipeline: Pipeline) -> dict[str, Align]:
@@ -852,7 +913,7 @@ def _lay_all_over(tree: dict[str, Any], changes: list[dict[str, Any]]) -> None:
     new = [name for change in changes if (name := _objective_in(change).get("name")) in registry.names()]
     old = _objective_in(tree)
     if new and old.get("name") in registry.names() and new[-1] != old["name"]:
-        both = set(registry.settings_of(new[-1])) & set(registry.settings_of(old["name"]))
+        both = set(registry.settings_of(new[-1], old)) & set(registry.settings_of(old["name"], old))
         asked = {key: old[key] for key in both & set(old) if old[key] != _default(old["name"], key)}
         tree["align"]["objective"] = asked
     for change in changes:

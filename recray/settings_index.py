@@ -206,7 +206,10 @@ def _of_objectives(name: str) -> str:
     without = [each for each in registry.names() if each not in having]
     if without == [registry.SUPERVISED]:
         return f"Holds for all but {registry.SUPERVISED}."
-    return f"Holds for {', '.join(having)}."
+    chosen = [each for each in without if name in registry.every_setting_of(each)]
+    told = [f"for {', '.join(having)}"] if having else []
+    told += [f"by choice of reuse and guard_near for {', '.join(chosen)}"] if chosen else []
+    return f"Holds {'; '.join(told)}."
 
 
 def _other_defaults(name: str) -> str:

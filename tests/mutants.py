@@ -29,6 +29,7 @@ OBJECTIVES = (
 )
 MARGINS = ("tests/objectives/test_margins.py", "tests/objectives/test_sharing.py")
 STEP = ("tests/train/test_step.py", "-k", "autograd or global_batch or borrowers_in_the or sums_over")
+REUSE = ("tests/train/test_reuse.py", "-k", "by_itself or neither or padding")
 CHUNKS = ("tests/train/test_step.py", "-k", "borrowers_taken_in_chunks")
 FAILED = 1  # pytest's status where tests ran and some failed; others mean that they did not run
 
@@ -184,39 +185,81 @@ FAULTS = (
         "self.policy[: len(self.place), 0]",
     ),
     Fault(
-        "local for global row: own facts",
-        "train/step.py",
-        "np.arange(place.size), place",
-        "np.arange(place.size), np.arange(place.size)",
-        STEP,
-    ),
-    Fault(
         "local for global row: scores",
         "train/step.py",
-        "own[place] = each.detach()",
-        "own[: place.numel()] = each.detach()",
+        "own[cell] = each.detach()",
+        "own[: cell.numel()] = each.detach()",
         STEP,
     ),
     Fault(
         "local for global row: gradient",
         "train/step.py",
-        "grad[place].view(-1)",
-        "grad[: place.numel()].view(-1)",
+        "grad.flatten()[cell]",
+        "grad.flatten()[: cell.numel()]",
         STEP,
     ),
     Fault(
         "owner's for borrower's confidence",
         "train/feeding.py",
-        "confidence(vectors[own], vector, self._sample_vectors).reshape(shape)",
-        "confidence(vectors, vector, self._sample_vectors).reshape(-1, *shape[1:]).diagonal(0, 0, 1).T",
+        "self._sure(examples, mine[rows], flat).reshape(shape)",
+        "self._sure(examples, np.arange(len(items)), flat).reshape(-1, *shape[1:]).diagonal(0, 0, 1).T",
         STEP,
     ),
     Fault(
         "owner's for borrower's margin",
         "train/step.py",
-        "confidence.to(score.dtype), base",
-        "confidence.transpose(0, 1).to(score.dtype), base",
+        "per_negative_margin(confidence, base",
+        "per_negative_margin(confidence.transpose(0, 1), base",
         STEP,
+    ),
+    Fault(
+        "another's for one's own prompt: reused items",
+        "train/step.py",
+        "score[place, 1:][:, None]",
+        "score[place - 1, 1:][:, None]",
+        REUSE,
+    ),
+    Fault(
+        "another's items: reused items",
+        "train/feeding.py",
+        "zip(items, borrowed, strict=True)",
+        "zip(items, borrowed[1:] + borrowed[:1], strict=True)",
+        REUSE,
+    ),
+    Fault(
+        "inverted mask: padding of reused items",
+        "train/feeding.py",
+        "usable[row, 0, : negatives.size] = True",
+        "usable[row, 0, negatives.size :] = True",
+        REUSE,
+    ),
+    Fault(
+        "inverted mask: guard of reused items",
+        "train/feeding.py",
+        "lent.offered & ~lent.met if",
+        "lent.offered & lent.met if",
+        REUSE,
+    ),
+    Fault(
+        "above for below: guard by nearness",
+        "objectives/sharing.py",
+        "return confidence < threshold",
+        "return confidence > threshold",
+        MARGINS,
+    ),
+    Fault(
+        "inverted shrinking: guard by nearness",
+        "objectives/margins.py",
+        "return margin * ((",
+        "return margin * (1 - (",
+        MARGINS,
+    ),
+    Fault(
+        "own for borrowed: guard by nearness",
+        "train/step.py",
+        "return ~own_only(place, usable",
+        "return own_only(place, usable",
+        ("tests/train/test_step.py", "-k", "guard_shrinks"),
     ),
     Fault(
         "strictly above: boundary",

@@ -146,12 +146,17 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, word: str) -> N
     assert str(file) in str(refused.value)
 
 
+def borrowing(name: str) -> dict[str, str]:
+    """Settings under which all that say what is borrowed hold."""
+    return {"reuse": "item", "guard_near": "mask"} if registry.lengthens(name) else {}
+
+
 def test_every_setting_that_is_named_can_be_set() -> None:
     with_adapters = override(PIPELINE, settings=["sft.lora.rank=16", "align.lora.rank=16"])
     found = set(paths_of(with_adapters.model_dump(mode="json")))
     on = {"nll_weight": 0.5, "length_normalised": True}
     for name in registry.names():  # of an objective's settings, those it reads are written down
-        objective = Objective(name=name, **(on if registry.settings_of(name) else {}))
+        objective = Objective(name=name, **(on if registry.settings_of(name) else {}), **borrowing(name))
         found |= set(paths_of({"align": {"objective": objective.model_dump(mode="json")}}))
     for sampler in Negatives.samplers():
         found |= set(paths_of({"negatives": Negatives(sampler=sampler).model_dump(mode="json")}))

@@ -51,6 +51,8 @@ def test_objectives_tell_their_settings_and_their_own_defaults(index: dict[str, 
     assert index["align.objective.smoothing"].holds == "Holds for rosepo."
     assert index["align.objective.beta"].holds == "Holds for all but sft."
     assert index["align.objective.beta"].default == "`1.0`; simpo `2.0`"
+    assert index["align.objective.guard"].holds.startswith("Holds for napo; by choice of reuse and guard_near for ")
+    assert index["align.objective.reuse_items"].holds.startswith("Holds by choice of reuse and guard_near for napo,")
     for name in registry.own_settings():
         assert index[f"align.objective.{name}"].holds
 

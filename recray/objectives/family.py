@@ -3,7 +3,7 @@
 Axes:
     B  users whose loss is computed
     G  users of the global batch
-    N  negatives drawn for each of those
+    N  negatives of each of those: drawn for it, then items it borrows to score them itself, padded
     K  candidates: the positive, then the N negatives
 """
 
@@ -21,9 +21,9 @@ from recray.objectives.terms import nll_anchor
 
 
 class Pool(NamedTuple):
-    """What users may borrow: for objectives that share."""
+    """Negatives with margins: for objectives that share. Where users score all they use themselves, G is 1."""
 
-    score: Float[Tensor, "G N"]  # under the owner's prompt; detached, if as released
+    score: Float[Tensor, "G N"] | Float[Tensor, "B 1 N"]  # under the owner's prompt; detached, if as released
     usable: Bool[Tensor, "B G N"]
     margin: Float[Tensor, "B G N"]  # the borrower's, in beta * nats
 
@@ -80,7 +80,7 @@ class ScoreBatch(NamedTuple):
         return self.confidence + 0.5
 
     @property
-    def pool_score(self) -> Float[Tensor, "G N"]:
+    def pool_score(self) -> Float[Tensor, "G N"] | Float[Tensor, "B 1 N"]:
         """Scores of what may be borrowed."""
         return self._shared.score
 

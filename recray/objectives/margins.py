@@ -40,6 +40,20 @@ def per_negative_margin(confidence: Float[Tensor, "B G N"], *, base: float, slop
     return (base * (1 + slope * confidence)).clamp_min(0.0)
 
 
+def shrunk_margin(
+    margin: Float[Tensor, "*shape"], confidence: Float[Tensor, "*shape"], *, threshold: float
+) -> Float[Tensor, "*shape"]:
+    """Return the margin where confidence is at least the threshold; below, it falls in a straight line to 0 at -1/2.
+
+        gamma * clamp((c + 1/2) / (threshold + 1/2), 0, 1)
+
+    So an item that is liked more than all others is asked for no lead at all. With a threshold of -1/2 nothing shrinks.
+    """
+    if threshold <= -0.5:
+        return margin
+    return margin * ((confidence + 0.5) / (threshold + 0.5)).clamp(0.0, 1.0)
+
+
 def batch_margin(mean_score: float, centre: float, *, base: float, slope: float) -> float:
     """Return the released code's one margin a batch: base * (1 - slope * (M - centre)).
 

@@ -6,7 +6,7 @@ settings are checked, listed and searched without torch. `recray.config.Objectiv
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NOTHING: Mapping[str, float | bool] = MappingProxyType({})
 
@@ -46,7 +46,11 @@ OPTIONS: Mapping[str, float | bool] = MappingProxyType({"nll_weight": 0.0, "leng
 BOUNDARY = Setting("boundary", False, "DynamicPO's selection: only negatives near the boundary count.")
 DUAL_MARGIN = Setting("dual_margin", False, "DynamicPO's beta a negative, from two margins.")
 DYNAMIC = (BOUNDARY, DUAL_MARGIN)
-SHARING = ("sharing", "sharing_fraction", "sharing_threshold", "similarity", "guard", "detach_shared")
+
+# What came later than results that are to stay up to date: left out of what is written down at its default.
+YOUNGER = ("reuse", "guard_near")
+LENDERS = ("sharing", "sharing_fraction", "sharing_threshold", "similarity", "guard")
+SHARING = (*LENDERS, "detach_shared")
 MARGINS = ("margin", "margin_base", "margin_slope", "subtract_log_pool")
 TARGET_MARGIN = Setting(
     "target_margin", 1.0, "gamma: lead asked of the positive, in beta * nats a token.", search=(0.3, 2.0)
@@ -103,12 +107,34 @@ def named(setting: str | Setting) -> str:
     return setting if isinstance(setting, str) else setting.name
 
 
-def settings_of(objective: str) -> tuple[str, ...]:
-    """Return the names of all settings that an objective has, those of what stands around it included."""
+def settings_of(objective: str, given: Mapping[str, Any] = NOTHING) -> tuple[str, ...]:
+    """Return the names of all settings that an objective has, those of what stands around it included.
+
+    Some hold only where others are `given`: with `reuse` of "item" every objective that compares the positive with a
+    list of negatives borrows, with `guard_near` other than "none" there is a threshold.
+    """
     if objective == SUPERVISED:
         return ()
     line = OBJECTIVES[objective]
-    return tuple(dict.fromkeys([*map(named, (*line.settings, *line.chosen)), *OPTIONS]))
+    found = [*map(named, (*line.settings, *line.chosen))]
+    if lengthens(objective):
+        found.append("reuse")
+    if given.get("reuse") == "item" and lengthens(objective):
+        found += ["reuse_items", *LENDERS]
+    if "sharing" in found:
+        found += ["guard_near"]
+        found += [] if given.get("guard_near", "none") == "none" else ["guard_threshold", "guard_own"]
+    return tuple(dict.fromkeys([*found, *OPTIONS]))
+
+
+def every_setting_of(objective: str) -> tuple[str, ...]:
+    """Return the names of all settings that an objective has under some choice of the others."""
+    return settings_of(objective, {"reuse": "item", "guard_near": "mask"})
+
+
+def lengthens(objective: str) -> bool:
+    """Return whether a user's own list of negatives may be longer for some users: whether it reads all, with a mask."""
+    return objective in OBJECTIVES and bool({"usable", "pool_usable"} & set(OBJECTIVES[objective].reads))
 
 
 def defaults_of(objective: str) -> Mapping[str, float | bool]:

@@ -92,3 +92,12 @@ def usable_negatives(
         return usable
     own = own_only(place, lends.shape[1])[:, :, None]
     return usable & (own | ~forbidden)
+
+
+def near_items(confidence: Float[Tensor, "*shape"], *, threshold: float) -> Bool[Tensor, "*shape"]:
+    """Return which items lie so near to the user that it likely likes them: confidence below the threshold.
+
+    Confidence is a percentile (`recray.objectives.margins.confidence`), so that one threshold means the same for every
+    user: at -0.4, items that are liked more than nine tenths of the catalogue are.
+    """
+    return confidence < threshold

@@ -3,6 +3,7 @@
 Axes:
     G  rows of a global batch        N  negatives      K  candidates: the positive, then the negatives
     B  rows of it on this rank       D  width of user vectors
+    I  distinct items among all negatives
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +18,16 @@ from torch import Tensor
 from recray.config import Objective
 from recray.data.catalogue import Catalogue
 from recray.data.examples import Examples, ExampleShards
+from recray.data.hashing import mix
 from recray.errors import ConfigError
 from recray.lm.layout import Layout
 from recray.lm.scorer import lay_out, lay_out_streams, segment_lengths, segments_of
 from recray.objectives.margins import confidence
+from recray.objectives.reuse import first_allowed, offered_items
 from recray.objectives.sharing import (
     above_threshold,
     borrower_chunks,
+    near_items,
     own_only,
     products,
     similarity,
@@ -75,7 +79,17 @@ class _Aligned(NamedTuple):
 
     examples: Examples
     items: Int[ndarray, "G K"]
+    listed: list[Int[ndarray, " _"]]  # what each user's prompt is followed by: its items, then those it borrows
     places: list[list[Int[ndarray, " b"]]]
+
+
+class Lent(NamedTuple):
+    """What the users of a global batch offer some of them, an item once however many lend it."""
+
+    items: Int[ndarray, " I"]
+    offered: Bool[ndarray, "B I"]
+    met: Bool[ndarray, "B I"]  # by the borrower in training, or it is being taught as its positive
+    confidence: Float[ndarray, "B I"]  # the borrower's
 
 
 class _Streamed(NamedTuple):
@@ -91,7 +105,7 @@ class _Shown(NamedTuple):
 
     histories: list[Int[ndarray, " H"]]
     candidates: list[Int[ndarray, " 1"]]
-    shown: list[Int[ndarray, " C"]]
+    shown: list[Int[ndarray, " _"]]
     places: list[list[Int[ndarray, " b"]]]
 
 
@@ -114,7 +128,8 @@ class AlignFeed:
         num_negatives: int,
         sample_items: int = 512,
     ) -> None:
-        _refuse_wide_sharing(order.global_batch, share.world_size, num_negatives)
+        if objective.shares_scores:
+            _refuse_wide_sharing(order.global_batch, share.world_size, num_negatives)
         self._shards, self._catalogue, self._order, self._share = shards, catalogue, order, share
         self._objective, self.num_negatives = objective, num_negatives
         self._plan = OfStep(self._planned)
@@ -125,33 +140,87 @@ class AlignFeed:
 
     def unit(self, step: int, rank: int) -> Unit:
         """Return the unit of one rank in one step."""
-        examples, items, every = self._plan(step)
+        examples, items, listed, every = self._plan(step)
         places = every[rank]
         micro_batches = [
-            MicroBatch(own, _candidates_or_company(self._catalogue, examples.histories, list(items), own))
-            for own in places
+            MicroBatch(own, _candidates_or_company(self._catalogue, examples.histories, listed, own)) for own in places
         ]
         mine = np.concatenate(places)
-        arrays = {"place": mine, "reference": examples.reference[:, : items.shape[1]].copy()}
-        arrays |= self._borrowing(examples, items, mine)
+        reference = np.pad(examples.reference[:, : items.shape[1]], ((0, 0), (0, self._objective.most_borrowed)))
+        arrays = {"place": mine, "reference": reference}
+        if self._objective.reuses_items:
+            arrays["candidates_each"] = np.array([each.size for each in listed], dtype=np.int64)
+        if self._objective.shares_scores:
+            arrays |= self._borrowing(examples, items, mine)
+        else:
+            arrays |= self._own(examples, listed, mine)
         return Unit(step, rank, micro_batches, arrays, rows_of_step(self._order, step).tolist())
 
     def _planned(self, step: int) -> _Aligned:
         examples = self._shards.take(rows_of_step(self._order, step))
         items = examples.items[:, : 1 + self.num_negatives]
-        lengths = segment_lengths(self._catalogue, examples.histories, list(items))
-        return _Aligned(examples, items, self._share.cut(lengths))
+        listed = list(items)
+        if self._objective.reuses_items:
+            borrowed = self._borrowed(examples, items, step)
+            listed = [np.concatenate(both) for both in zip(items, borrowed, strict=True)]
+        lengths = segment_lengths(self._catalogue, examples.histories, listed)
+        return _Aligned(examples, items, listed, self._share.cut(lengths))
 
     def negatives_of(self, rows: Sequence[int]) -> Int[ndarray, "G N"]:
         """Return the negatives drawn for these rows."""
         return self._shards.take(np.array(rows, dtype=np.int64)).items[:, 1 : 1 + self.num_negatives]
 
+    def listed(self, step: int) -> list[Int[ndarray, " _"]]:
+        """Return what each user of a global batch scores under its own prompt: its positive, its negatives, others'."""
+        return [items.copy() for items in self._plan(step).listed]
+
+    def lent(self, step: int, most: int) -> Lent:
+        """Return what the first `most` users of a global batch are offered."""
+        examples, items, *_ = self._plan(step)
+        return self._lent(examples, items, np.arange(min(most, len(items))))
+
+    def _lent(self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> Lent:
+        """Return what these users are offered; of items to be reused, none that stand among their own candidates."""
+        different, column = np.unique(items[:, 1:], return_inverse=True)
+        vectors, user = torch.from_numpy(examples.vector), torch.from_numpy(examples.user)
+        place = torch.from_numpy(mine)
+        lends = (self._lends(vectors, place, user) & ~own_only(place, len(user))).numpy()
+        offered = offered_items(lends, column.reshape(len(items), -1), different.size)
+        met = np.zeros_like(offered)
+        for borrower, own in enumerate(mine.tolist()):
+            met[borrower] = np.isin(different, np.append(examples.met[own], items[own, 0]))
+            if self._objective.reuses_items:
+                offered[borrower] &= ~np.isin(different, items[own])
+        return Lent(different, offered, met, self._sure(examples, mine, different))
+
+    def _borrowed(self, examples: Examples, items: Int[ndarray, "G K"], step: int) -> list[Int[ndarray, " _"]]:
+        """Return which items each user of the global batch borrows: drawn uniformly from what it may have.
+
+        The draw follows from seed, epoch, row and item: not from how the batch is cut, and the first of it are those of
+        a smaller `reuse_items`.
+        """
+        settings, (users, negatives) = self._objective, items[:, 1:].shape
+        epoch = (step * self._order.global_batch + np.arange(users)) // self._order.num_rows
+        found: list[ndarray] = []
+        for rows in borrower_chunks(users, users, negatives):
+            mine = np.arange(users)[rows]
+            lent = self._lent(examples, items, mine)
+            allowed = lent.offered & ~lent.met if settings.guard else lent.offered
+            if settings.guard_near == "mask":
+                allowed &= ~self._near(lent.confidence)
+            key = mix(self._order.seed, epoch[mine, None], examples.row[mine, None], lent.items)
+            found += [lent.items[chosen] for chosen in first_allowed(key, allowed, settings.reuse_items)]
+        return found
+
+    def _near(self, sure: Float[ndarray, "*shape"]) -> Bool[ndarray, "*shape"]:
+        """Return which items the borrower likely likes."""
+        found: ndarray = near_items(torch.from_numpy(sure), threshold=self._objective.guard_threshold).numpy()
+        return found
+
     def _borrowing(
         self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]
     ) -> dict[str, ndarray]:
-        """Return who may use which negative, and the borrower's confidence in each."""
-        if not self._objective.borrows:
-            return self._own(examples, items, mine)
+        """Return who may use whose score of which negative, and the borrower's confidence in each."""
         place, user = torch.from_numpy(mine), torch.from_numpy(examples.user)
         vectors = torch.from_numpy(examples.vector)
         negatives = items[:, 1:]
@@ -162,24 +231,50 @@ class AlignFeed:
         liking = 0.0
         for rows in borrower_chunks(*usable.shape):
             own, shape = place[rows], usable[rows].shape
-            forbidden = None
-            if self._objective.guard:
-                forbidden = torch.from_numpy(forbidden_items(examples, items, mine[rows]))
-            may = usable_negatives(lends[rows], forbidden, own, negatives.shape[1])
-            usable[rows] = may.numpy()
             sure[rows] = self._sure(examples, mine[rows], flat).reshape(shape)
+            forbidden = self._forbidden(examples, items, mine[rows], sure[rows])
+            may = usable_negatives(lends[rows], forbidden, own, negatives.shape[1])
+            if self._masks_own:
+                may = may & ~torch.from_numpy(self._near(sure[rows]))
+            usable[rows] = may.numpy()
             if self._objective.margin == "batch":
                 liking += float((products(vectors[own], self._vectors_of(flat)).reshape(shape).double() * may).sum())
         return {"usable": usable, "confidence": sure, "liking_sum": np.array([liking])}
 
-    def _own(self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> dict[str, ndarray]:
-        """Return the same for objectives that look at nobody else's negatives: confidences in those are left at 0."""
-        usable = np.zeros((mine.size, *items[:, 1:].shape), dtype=bool)
+    def _forbidden(
+        self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"], sure: Float[ndarray, "B G N"]
+    ) -> Bool[Tensor, "B G N"] | None:
+        """Return which negatives the guard keeps from these borrowers; None: there is no guard."""
+        found = None
+        if self._objective.guard:
+            found = forbidden_items(examples, items, mine)
+        if self._objective.guard_near == "mask":
+            near = self._near(sure)
+            found = near if found is None else found | near
+        return None if found is None else torch.from_numpy(found)
+
+    @property
+    def _masks_own(self) -> bool:
+        return self._objective.guard_near == "mask" and self._objective.guard_own
+
+    def _own(
+        self, examples: Examples, listed: Sequence[Int[ndarray, " _"]], mine: Int[ndarray, " B"]
+    ) -> dict[str, ndarray]:
+        """Return the same where nobody else's scores are looked at: [B, 1, N], borrowed items after own ones."""
+        usable = np.zeros((mine.size, 1, self.num_negatives + self._objective.most_borrowed), dtype=bool)
         sure = np.zeros(usable.shape, dtype=np.float32)
+        liking = 0.0
         for row, place in enumerate(mine.tolist()):
-            usable[row, place] = True
-            sure[row, place] = self._sure(examples, mine[row : row + 1], items[place, 1:])[0]
-        return {"usable": usable, "confidence": sure, "liking_sum": np.zeros(1)}
+            negatives = listed[place][1:]
+            usable[row, 0, : negatives.size] = True
+            sure[row, 0, : negatives.size] = self._sure(examples, mine[row : row + 1], negatives)[0]
+            if self._masks_own:
+                usable[row, 0, : self.num_negatives] &= ~self._near(sure[row, 0, : self.num_negatives])
+            if self._objective.margin == "batch":
+                used = negatives[usable[row, 0, : negatives.size]]
+                liked = products(torch.from_numpy(examples.vector[place])[None], self._vectors_of(used))
+                liking += float(liked.double().sum())
+        return {"usable": usable, "confidence": sure, "liking_sum": np.array([liking])}
 
     def _sure(self, examples: Examples, mine: Int[ndarray, " B"], items: Int[ndarray, " I"]) -> Float[ndarray, "B I"]:
         """Return how sure the auxiliary model is that each item is a true negative for each of these users."""

@@ -6,6 +6,8 @@ backpropagated through a collective.
 Axes:
     G  rows of the global batch      N  negatives     K  candidates: the positive, then the negatives
     B  rows of it on this rank       S  scored tokens
+    C  a row's candidates, then items that it borrows, padded: K where it borrows none
+    O  users whose negatives a borrower looks at: G where scores are shared, else 1, itself
 """
 
 import math
@@ -24,12 +26,12 @@ from recray.data.hashing import unit as uniform
 from recray.distributed.collectives import sum_over_ranks
 from recray.lm.scorer import Packed, sum_by_slot, to_device
 from recray.objectives.family import Pool, ScoreBatch, find_loss, losses
-from recray.objectives.margins import batch_margin, per_negative_margin
-from recray.objectives.sharing import borrower_chunks
+from recray.objectives.margins import batch_margin, per_negative_margin, shrunk_margin
+from recray.objectives.sharing import borrower_chunks, own_only
 from recray.objectives.watching import WATCHED, watched
 from recray.train.engine import Engine
 from recray.train.reference import ReferencePass
-from recray.train.units import Unit
+from recray.train.units import MicroBatch, Unit
 
 METRICS = (
     *("loss", "positive_reward", "negative_reward", "margin", "accuracy", "kl"),
@@ -104,28 +106,28 @@ class AlignStep:
         centre = self._centre.value
         reference = torch.from_numpy(unit.arrays["reference"]).to(engine.device)
         packs = [to_device(micro.layout, engine.device) for micro in unit.micro_batches]
-        places = [torch.from_numpy(micro.places).to(engine.device) for micro in unit.micro_batches]
+        cells = [_cells(micro, unit, reference.shape[1]).to(engine.device) for micro in unit.micro_batches]
         if self._reference is not None:
-            reference = _of_all_rows(self._reference(engine, packs), places, reference)
+            reference = _of_all_rows(self._reference(engine, packs), cells, reference)
         one_pass = len(packs) == 1  # then its graph is kept; else each micro-batch is scored again for its backward
 
         kept: list[Tensor] = []
         for packed in packs:
             with torch.set_grad_enabled(one_pass):
                 kept.append(self._scores(engine, packed))
-        every = _of_all_rows(kept, places, reference)
+        every = _of_all_rows(kept, cells, reference)
 
         lengths = None
         if self._settings.length_normalised:
             tokens_each = [torch.bincount(packed.slot, minlength=packed.num_scores).to(every) for packed in packs]
-            lengths = _of_all_rows(tokens_each, places, reference)
+            lengths = _of_all_rows(tokens_each, cells, reference).clamp_min(1)  # 0 where there is no item
         found = self._differentiate(every, reference, unit, lengths)
         # All ranks agree on this: what it looks at has been summed over them.
         sound = math.isfinite(found.metrics["loss"]) and bool((found.score.isfinite() & found.grad.isfinite()).all())
         grad = found.grad if sound else torch.full_like(found.grad, math.nan)  # an engine never updates on a NaN
-        for number, (packed, place) in enumerate(zip(packs, places, strict=True)):
+        for number, (packed, cell) in enumerate(zip(packs, cells, strict=True)):
             scores = kept[0] if one_pass else self._scores(engine, packed)
-            surrogate = (scores * grad[place].view(-1)).sum() if place.numel() else (scores * 0.0).sum()
+            surrogate = (scores * grad.flatten()[cell]).sum() if cell.numel() else (scores * 0.0).sum()
             engine.backward(surrogate, last=number == len(packs) - 1)
         norm = engine.step(learning_rate)
 
@@ -143,38 +145,45 @@ class AlignStep:
 
     def _differentiate(
         self,
-        every: Float[Tensor, "G K"],
-        reference: Float[Tensor, "G K"],
+        every: Float[Tensor, "G C"],
+        reference: Float[Tensor, "G C"],
         unit: Unit,
-        lengths: Float[Tensor, "G K"] | None = None,
+        lengths: Float[Tensor, "G C"] | None = None,
     ) -> "_Found":
         """Return the global mean loss's gradient with respect to every score, and what to log.
 
         The objective is one loss a borrower, so borrowers are taken in chunks whose work on [B, G, N] stays small; it
-        is [B, 1, N] where nothing is shared. With `lengths`, tokens of each item, scores are means over them.
+        is [B, 1, N] where no scores are shared. With `lengths`, tokens of each item, scores are means over them.
         """
-        borrowers, owners, negatives = unit.arrays["usable"].shape
         flat = self._margin_of_batch(unit, every.device)
+        drawn = self._drawn(every, reference, lengths)
         leaf = every.detach().requires_grad_()
         grad, each = torch.zeros_like(every), [every.new_zeros(0)]
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=every.device)
-        for rows in borrower_chunks(borrowers, owners if self._settings.borrows else 1, negatives):
+        for rows in borrower_chunks(*unit.arrays["usable"].shape):
             batch = self._batch(*self._seen(leaf, reference, lengths), unit, rows, flat)
             loss = self._objective(batch)
             grad += torch.autograd.grad(loss.sum() / len(every), leaf)[0]
             each.append(loss.detach())
             with torch.no_grad():
-                sums += self._metric_sums(batch, each[-1], every, reference, lengths)
+                sums += self._metric_sums(batch, each[-1], *drawn)
         total = sum_over_ranks(torch.cat([grad.flatten(), sums.to(grad.dtype)]))
         grad = total[: grad.numel()].view_as(grad)
         score, policy = self._seen(every, reference, lengths)
-        found = watched(policy, self._rewards(every, reference, lengths), grad)
+        found = watched(policy, self._rewards(*drawn), grad, _present(unit, every))
         means = torch.cat([total[grad.numel() :] / len(every), found.to(total)]).tolist()
         return _Found(score, grad, torch.cat(each), dict(zip((*METRICS, *WATCHED), means, strict=True)))
 
+    def _drawn(
+        self, every: Float[Tensor, "G C"], reference: Float[Tensor, "G C"], lengths: Float[Tensor, "G C"] | None
+    ) -> tuple[Float[Tensor, "G K"], Float[Tensor, "G K"], Float[Tensor, "G K"] | None]:
+        """Return the part of what was drawn for each row: a table has no reference scores of what it borrows."""
+        own = slice(every.shape[1] - self._settings.most_borrowed)
+        return every[:, own], reference[:, own], None if lengths is None else lengths[:, own]
+
     def _seen(
-        self, every: Float[Tensor, "G K"], reference: Float[Tensor, "G K"], lengths: Float[Tensor, "G K"] | None
-    ) -> tuple[Float[Tensor, "G K"], Float[Tensor, "G K"]]:
+        self, every: Float[Tensor, "G C"], reference: Float[Tensor, "G C"], lengths: Float[Tensor, "G C"] | None
+    ) -> tuple[Float[Tensor, "G C"], Float[Tensor, "G C"]]:
         """Return scores as the objective sees them, and the policy's own beside them."""
         policy = every if lengths is None else every / lengths
         if not self._settings.uses_reference:
@@ -189,40 +198,53 @@ class AlignStep:
         return self._settings.beta * (ratio if lengths is None else ratio / lengths)
 
     def _batch(
-        self, score: Float[Tensor, "G K"], policy: Float[Tensor, "G K"], unit: Unit, rows: slice, flat: float
+        self, score: Float[Tensor, "G C"], policy: Float[Tensor, "G C"], unit: Unit, rows: slice, flat: float
     ) -> ScoreBatch:
         """Return what the objective may look at for some of this rank's rows; `flat`: the margin where all have one."""
         place = unit.arrays["place"][rows]
         usable, sure = unit.arrays["usable"][rows], unit.arrays["confidence"][rows]
-        own = np.arange(place.size), place
+        own = np.arange(place.size), place if self._settings.shares_scores else 0
         draw = uniform(mix(unit.step, np.array(unit.rows)[place]))
         mine = [
             torch.from_numpy(array).to(score.device)
             for array in (place, usable[own], sure[own].astype(np.float64), draw)
         ]
-        pool = self._pool(score, usable, sure, flat) if self._settings.borrows else None
+        pool = self._pool(score, mine[0], usable, sure, flat) if self._settings.has_margins else None
         return ScoreBatch(score, policy, mine[0], mine[1], mine[2], mine[3], pool)
 
     def _pool(
-        self, score: Float[Tensor, "G K"], usable: Bool[ndarray, "B G N"], sure: Float[ndarray, "B G N"], flat: float
+        self,
+        score: Float[Tensor, "G C"],
+        place: Int[Tensor, " B"],
+        usable: Bool[ndarray, "B O N"],
+        sure: Float[ndarray, "B O N"],
+        flat: float,
     ) -> Pool:
-        """Return what may be borrowed. Margins are made in the scores' precision, not in that of the confidences."""
+        """Return negatives with margins. Those are made in the scores' precision, not in that of the confidences."""
         settings = self._settings
         may, confidence = (torch.from_numpy(array).to(score.device) for array in (usable, sure))
-        if settings.margin == "per_negative":
-            margin = per_negative_margin(
-                confidence.to(score.dtype), base=settings.margin_base, slope=settings.margin_slope
-            )
-        else:
-            margin = torch.full(confidence.shape, flat, dtype=score.dtype, device=score.device)
+        margin = margins_of(settings, confidence.to(score.dtype), flat=flat)
+        if settings.guard_near == "shrink":
+            less = shrunk_margin(margin, confidence.to(score.dtype), threshold=settings.guard_threshold)
+            margin = torch.where(self._guarded(place, may), less, margin)
         if settings.subtract_log_pool:
             margin = margin - may.sum(dim=(1, 2)).to(score.dtype).clamp_min(1).log()[:, None, None]
-        return Pool(score[:, 1:].detach() if settings.detach_shared else score[:, 1:], may, margin)
+        negative = score[:, 1:] if settings.shares_scores else score[place, 1:][:, None]
+        return Pool(negative.detach() if settings.detach_shared else negative, may, margin)
+
+    def _guarded(self, place: Int[Tensor, " B"], usable: Bool[Tensor, "B O N"]) -> Bool[Tensor, "B _ _"]:
+        """Return which negatives the guard by nearness looks at: borrowed ones, and one's own where it is told to."""
+        if self._settings.guard_own:
+            return torch.ones_like(usable)
+        if self._settings.shares_scores:
+            return ~own_only(place, usable.shape[1])[:, :, None]
+        number = torch.arange(usable.shape[2], device=usable.device)
+        return (number >= usable.shape[2] - self._settings.most_borrowed).expand(usable.shape)
 
     def _margin_of_batch(self, unit: Unit, device: torch.device) -> float:
         """Return the one margin of the global batch; 0 where the objective has none or one a negative."""
         settings = self._settings
-        if not settings.borrows or settings.margin != "batch":
+        if not settings.has_margins or settings.margin != "batch":
             return 0.0
         own = [float(unit.arrays["liking_sum"][0]), float(np.count_nonzero(unit.arrays["usable"]))]
         total, count = sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
@@ -242,9 +264,9 @@ class AlignStep:
         reward = self._rewards(every, reference, lengths)[place]
         positive, negative = reward[:, 0], reward[:, 1:]
         usable = batch.usable[:, None] if pool is None else pool.usable
-        borrowed = batch.negative[:, None] if pool is None else pool.score[None]
-        margin = torch.zeros_like(borrowed) if pool is None else pool.margin
-        logits = self._settings.beta * (borrowed - batch.positive[:, None, None]) + margin
+        others = batch.negative[:, None] if pool is None else pool.score
+        margin = torch.zeros_like(others) if pool is None else pool.margin
+        logits = self._settings.beta * (others - batch.positive[:, None, None]) + margin
         weight = logits.masked_fill(~usable, -math.inf).flatten(1).softmax(dim=1).nan_to_num()
         policy, frozen = every[place].log_softmax(dim=1), reference[place].log_softmax(dim=1)
         count = usable.sum(dim=(1, 2))
@@ -258,7 +280,7 @@ class AlignStep:
             "effective_negatives": torch.special.entr(weight).sum(dim=1).exp(),
             "usable_negatives": count,
             "log_pool": count.clamp_min(1).log(),
-            "asked_margin": margin.flatten(1).mean(dim=1),
+            "asked_margin": margin.where(usable, 0.0).sum(dim=(1, 2)) / count.clamp_min(1),
         }
         return torch.stack([each[name].double().sum() for name in METRICS])
 
@@ -291,15 +313,42 @@ def _named(bad: Bool[Tensor, " G"], unit: Unit) -> tuple[int, ...]:
     return tuple(sorted({unit.rows[place] for place in places}))
 
 
+def margins_of(
+    objective: Objective, confidence: Float[Tensor, "B O N"], *, flat: float = 0.0
+) -> Float[Tensor, "B O N"]:
+    """Return the margin asked over each negative, before any guard; `flat`: the one of the batch, where it has one."""
+    if objective.margin == "per_negative":
+        return per_negative_margin(confidence, base=objective.margin_base, slope=objective.margin_slope)
+    return torch.full_like(confidence, flat)
+
+
+def _cells(micro: MicroBatch, unit: Unit, width: int) -> Int[Tensor, " scores"]:
+    """Return where each score of a micro-batch stands in the flattened table of the global batch."""
+    each = _candidates_each(unit, width)[micro.places]
+    number = np.arange(width)
+    return torch.from_numpy((micro.places[:, None] * width + number)[number < each[:, None]])
+
+
+def _candidates_each(unit: Unit, width: int) -> Int[ndarray, " G"]:
+    """Return how many items of each row are scored; all, where no row borrows any."""
+    return unit.arrays.get("candidates_each", np.full(len(unit.rows), width))
+
+
+def _present(unit: Unit, like: Float[Tensor, "G C"]) -> Bool[Tensor, "G C"]:
+    """Return what of the global batch's table is no padding."""
+    each = torch.from_numpy(_candidates_each(unit, like.shape[1])).to(like.device)
+    return torch.arange(like.shape[1], device=like.device) < each[:, None]
+
+
 def _of_all_rows(
-    scores: list[Float[Tensor, " _"]], places: list[Int[Tensor, " _"]], like: Float[Tensor, "G K"]
-) -> Float[Tensor, "G K"]:
-    """Return the scores of the global batch, of which each rank has its own micro-batches'; detached."""
-    own = torch.zeros(like.shape, dtype=scores[0].dtype, device=like.device)
-    for each, place in zip(scores, places, strict=True):
-        if place.numel():
-            own[place] = each.detach().view(place.numel(), -1)
-    return sum_over_ranks(own)  # each row is some rank's own, the others add zero
+    scores: list[Float[Tensor, " _"]], cells: list[Int[Tensor, " _"]], like: Float[Tensor, "G C"]
+) -> Float[Tensor, "G C"]:
+    """Return the scores of the global batch, of which each rank has its own micro-batches'; detached, 0 for padding."""
+    own = torch.zeros(like.numel(), dtype=scores[0].dtype, device=like.device)
+    for each, cell in zip(scores, cells, strict=True):
+        if cell.numel():
+            own[cell] = each.detach()
+    return sum_over_ranks(own).view(like.shape)  # each cell is some rank's own, the others add zero
 
 
 def learning_rate_at(step: int, steps: int, *, peak: float, warmup_fraction: float, final_fraction: float) -> float:

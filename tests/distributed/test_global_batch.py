@@ -13,7 +13,7 @@ import pytest
 CUTS = {1: ("1x24", "1x4x6"), 2: ("2x12", "2x4x3"), 3: ("3x8", "ragged")}  # workers x rows x passes
 ALL_CUTS = [cut for cuts in CUTS.values() for cut in cuts]
 OBJECTIVES = ("napo", "sdpo", "dpo", "stream")  # stream: supervised fine-tuning
-PLAIN_ONLY = ("batch", "normalised", "rodpo", "dynamicpo")  # under the plain engine in float64
+PLAIN_ONLY = ("batch", "normalised", "rodpo", "dynamicpo", "item")  # under the plain engine in float64
 DEEPSPEED = ("z0", "z1", "z2", "z3")
 NAIVE = {
     "n1:napo:1x4x6": "f32:napo:1x24",  # no boundary of accumulation, ZeRO 1

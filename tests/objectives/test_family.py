@@ -84,7 +84,7 @@ def facts(seed: int = 0, users: int = USERS, negatives: int = NEGATIVES) -> Fact
 
 def batch_of(objective: Objective, given: Facts) -> ScoreBatch:
     score = given.policy - given.reference if objective.uses_reference else given.policy
-    pool = Pool(score[:, 1:], given.shared, given.margin) if objective.borrows else None
+    pool = Pool(score[:, 1:], given.shared, given.margin) if objective.has_margins else None
     return ScoreBatch(score, given.policy, given.place, given.usable, given.confidence, given.draw, pool)
 
 

@@ -12,7 +12,7 @@ from pipelines.recipes import RECIPES
 from recray.config import Objective, Pipeline, override, setting_names
 from recray.errors import ConfigError
 from recray.objectives import registry
-from recray.objectives.registry import OBJECTIVES, OPTIONS, Line, Setting, names, own_settings, settings_of
+from recray.objectives.registry import OBJECTIVES, OPTIONS, YOUNGER, Line, Setting, names, own_settings, settings_of
 from recray.workspace import fingerprint
 
 PIPELINE = Pipeline(name="test")
@@ -28,9 +28,36 @@ def test_what_is_written_down_is_what_the_objective_reads_and_can_be_read_again(
     objective = Objective(name=name)
     written = objective.model_dump(mode="json")
     assert {"name"} <= written.keys() <= {"name", *settings_of(name)}
-    assert written.keys() >= {"name", *settings_of(name)} - OPTIONS.keys()
+    assert written.keys() >= {"name", *settings_of(name)} - OPTIONS.keys() - set(YOUNGER)
     assert Objective.model_validate(written) == objective
     assert pickle.loads(pickle.dumps(objective)) == objective
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reuse": "item", "reuse_items": 3},
+        {"name": "sdpo", "reuse": "item", "sharing_fraction": 0.2, "guard_near": "mask", "guard_own": True},
+        {"guard_near": "shrink", "guard_threshold": -0.3},
+    ],
+)
+def test_what_is_borrowed_is_written_down_where_it_is_chosen(settings: dict[str, object]) -> None:
+    objective = Objective(**settings)
+    written = objective.model_dump(mode="json")
+    assert settings.items() <= written.items()
+    assert Objective.model_validate(written) == objective
+    assert objective.settings.keys() >= written.keys() - {"name"}
+
+
+def test_borrowed_items_need_reference_scores_that_a_table_does_not_have() -> None:
+    item = ["align.objective.reuse=item"]
+    with pytest.raises(ConfigError, match=r"napo: reuse=item scores.*reference.source=adapter_off"):
+        override(PIPELINE, settings=item)
+    with pytest.raises(ConfigError, match=r"sdpo reuse=item: reuse=item scores"):
+        override(PIPELINE, settings=['compare.objectives=["napo", "sdpo reuse=item"]'])
+    assert override(PIPELINE, settings=[*item, "align.objective.reference=false"]).align.objective.reuses_items
+    assert override(PIPELINE, settings=[*item, "reference.source=frozen_copy"]).align.objective.reuses_items
+    assert override(PIPELINE, settings=[*item, "align.objective.name=bpr"]).align.objective.reuses_items
 
 
 def test_an_objective_has_its_own_defaults() -> None:
@@ -68,6 +95,14 @@ def test_settings_of_an_objective_may_come_before_its_name(order: int) -> None:
         (["name=rodpo", "preference_weight=0"], ["align.objective.preference_weight", "greater than 0"]),
         (["name=rodpo", "pool_size=1.5"], ["align.objective.pool_size", "integer"]),
         (["name=simpo", "boundary=true", "gap_weight=2"], ["boundary: not a", "gap_weight: not a"]),
+        (["name=dpo", "reuse=item"], ["reuse: not a setting of dpo"]),
+        (["reuse_items=4"], ["reuse_items: not a setting of napo as it is set here"]),
+        (["name=sdpo", "guard_near=mask"], ["guard_near: not a setting of sdpo as it is set here"]),
+        (["guard_threshold=-0.3"], ["guard_threshold: not a setting of napo as it is set here"]),
+        (["guard_near=mask", "guard_threshold=0.6"], ["guard_threshold", "less than or equal to 0.5"]),
+        (["name=sdpo", "reuse=item", "sharing=none"], ["align.objective.reuse: item needs users who lend"]),
+        (["guard_near=shrink", "margin=none"], ["align.objective.guard_near: shrink needs a margin"]),
+        (["name=sdpo", "reuse=item", "guard_near=shrink"], ["align.objective.guard_near: shrink needs a margin"]),
     ],
 )
 def test_what_an_objective_does_not_have_is_refused_with_the_nearest(settings: list[str], words: list[str]) -> None:
@@ -123,7 +158,7 @@ def test_results_of_napo_from_before_there_were_others_are_up_to_date(recipe: st
     # What an objective can be given since then is off, and not written down: fingerprints are what they were.
     part = RECIPES[recipe].make().align.model_dump(mode="json")
     napo = {key: value for key, value in part.items() if key != "objective"}
-    assert part["objective"].keys() == {"name", *settings_of("napo")} - OPTIONS.keys()
+    assert part["objective"].keys() == {"name", *settings_of("napo")} - OPTIONS.keys() - set(YOUNGER)
     assert fingerprint("align", 1, part, 0, {}) == expected, napo
     anchored = override(RECIPES[recipe].make(), settings=["align.objective.nll_weight=0.1"])
     assert fingerprint("align", 1, anchored.align.model_dump(mode="json"), 0, {}) != expected

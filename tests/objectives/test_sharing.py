@@ -5,6 +5,7 @@ from torch.testing import assert_close
 
 from recray.objectives.sharing import (
     above_threshold,
+    near_items,
     own_only,
     products,
     similarity,
@@ -60,6 +61,13 @@ def test_the_guard_masks_borrowed_negatives_and_leaves_own_ones() -> None:
     usable = usable_negatives(lends, forbidden, place, 2)
     assert usable.tolist() == [[[True, True], [False, True], [False, False]]]
     assert usable_negatives(lends, None, place, 2).tolist() == [[[True, True], [True, True], [False, False]]]
+
+
+def test_near_are_items_whose_confidence_is_below_the_threshold() -> None:
+    sure = torch.tensor([[-0.5, -0.4, -0.39], [0.5, 0.0, -0.41]])
+    assert near_items(sure, threshold=-0.4).tolist() == [[True, False, False], [False, False, True]]
+    assert not near_items(sure, threshold=-0.5).any()
+    assert near_items(sure, threshold=0.5).sum() == 5
 
 
 def test_own_only_is_the_identity_on_ones_places() -> None:

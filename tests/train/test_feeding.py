@@ -75,6 +75,39 @@ def test_the_guard_keeps_out_what_the_borrower_met_or_is_taught(world) -> None: 
     assert caught > 0
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("sharing", ["top_fraction", "none"])
+def test_the_guard_by_nearness_keeps_out_what_the_borrower_likely_likes(world, sharing: str, own: bool) -> None:  # type: ignore[no-untyped-def]
+    settings = {"sharing": sharing, "sharing_fraction": 1.0}
+    near = {"guard_near": "mask", "guard_threshold": -0.2, "guard_own": own}
+    guarded, plain = (align_feed(world, Share(1, 10**6), **settings, **more) for more in (near, {}))
+    sure, usable, before = (
+        whole(feed, 1, name) for feed, name in ((plain, "confidence"), (guarded, "usable"), (plain, "usable"))
+    )
+    np.testing.assert_array_equal(whole(guarded, 1, "confidence"), sure)
+    mine = np.eye(8, dtype=bool)[:, :, None] if sharing != "none" else np.ones((8, 1, 1), dtype=bool)
+    looked_at = np.broadcast_to(mine if own else False, before.shape) | ~mine
+    expected = before & ~(looked_at & (sure < -0.2))
+    np.testing.assert_array_equal(usable, expected)
+    assert (expected != before).any() == (own or sharing != "none")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_no_near_item_is_borrowed_to_be_scored(world, own: bool) -> None:  # type: ignore[no-untyped-def]
+    settings = {"reuse": "item", "reuse_items": 30, "sharing_fraction": 1.0}
+    near = {"guard_near": "mask", "guard_threshold": -0.2, "guard_own": own}
+    guarded, plain = (align_feed(world, Share(1, 10**6), **settings, **more) for more in (near, {}))
+    left_out = 0
+    rows = world.shards.take(rows_of_step(ORDER, 2))
+    usable = whole(guarded, 1, "usable")[:, 0]
+    for place, (kept, before) in enumerate(zip(guarded.listed(2), plain.listed(2), strict=True)):
+        sure = dict(zip(before.tolist(), plain._sure(rows, np.array([place]), before)[0].tolist(), strict=True))
+        assert kept[4:].tolist() == [item for item in before[4:].tolist() if sure[item] >= -0.2]
+        assert usable[place, :3].tolist() == [not own or sure[item] >= -0.2 for item in kept[1:4].tolist()]
+        left_out += before.size - kept.size
+    assert left_out > 0
+
+
 def test_forbidden_items_of_some_users_are_rows_of_those_of_all(world) -> None:  # type: ignore[no-untyped-def]
     examples = world.shards.take(np.arange(6))
     items = examples.items[:, :4]
@@ -86,7 +119,7 @@ def test_forbidden_items_of_some_users_are_rows_of_those_of_all(world) -> None: 
 @pytest.mark.parametrize("settings", [{"name": "sdpo"}, {"sharing": "none"}])
 def test_without_sharing_everyone_uses_only_its_own(world, settings: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
     usable = whole(align_feed(world, Share(1, 10**6), **settings), 1, "usable")
-    np.testing.assert_array_equal(usable, np.repeat(np.eye(8, dtype=bool)[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(usable, np.ones((8, 1, 3), dtype=bool))
 
 
 @pytest.mark.parametrize("window", [1, 3, 4, 20])

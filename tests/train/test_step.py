@@ -141,9 +141,9 @@ def test_what_shares_nothing_has_its_own_part_as_if_it_shared(world: Any) -> Non
     shared, own = (feed_of(world, Share(2, 70), Objective(name=name)).unit(1, 1).arrays for name in ("napo", "recpo"))
     assert own["place"].tolist() == shared["place"].tolist()
     mine = np.arange(own["place"].size), own["place"]
-    np.testing.assert_array_equal(own["confidence"][mine], shared["confidence"][mine])
-    assert own["usable"][mine].all()
-    assert own["usable"].sum() == own["usable"][mine].size
+    np.testing.assert_array_equal(own["confidence"][:, 0], shared["confidence"][mine])
+    assert own["usable"].shape == (own["place"].size, 1, 4)
+    assert own["usable"].all()
 
 
 def tokens_of(world: Any, items: np.ndarray) -> Tensor:
@@ -159,7 +159,8 @@ def over_all(objective: Objective, policy: Tensor, reference: Tensor, unit: Unit
     usable, sure = (torch.from_numpy(unit.arrays[name][back]) for name in ("usable", "confidence"))
     margin = per_negative_margin(sure.double(), base=objective.margin_base, slope=objective.margin_slope)
     own, pool = torch.arange(9), Pool(score[:, 1:], usable, margin)
-    batch = ScoreBatch(score, policy, own, usable[own, own], sure[own, own].double(), draw, pool)
+    mine = own, own if objective.shares_scores else 0
+    batch = ScoreBatch(score, policy, own, usable[mine], sure[mine].double(), draw, pool)
     return losses(batch, objective.name, objective.settings).mean()
 
 
@@ -289,6 +290,40 @@ def test_the_batch_margin_follows_its_own_moving_average(world: Any) -> None:
     second = 1 - 0.3 * (means[1] - means[0])
     third = 1 - 0.3 * (means[2] - (0.9 * means[0] + 0.1 * means[1]))
     assert asked == pytest.approx([first, second, third], abs=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sharing_fraction": 1.0},
+        {"sharing": "none"},
+        {"reuse": "item", "reuse_items": 6, "sharing_fraction": 0.15},
+        {"sharing_fraction": 1.0, "margin": "batch"},
+        {"sharing_fraction": 1.0, "subtract_log_pool": True},
+    ],
+    ids=["score", "none", "item", "batch", "log_pool"],
+)
+def test_the_guard_shrinks_margins_of_what_it_looks_at_and_of_nothing_else(
+    world: Any, settings: dict[str, Any], own: bool
+) -> None:
+    more = {"guard_near": "shrink", "guard_threshold": -0.1, "guard_own": own}
+    objective = Objective(beta=0.5, **settings, **more)
+    unit = feed_of(world, Share(1, 10**6), objective).unit(1, 0)
+    step, scores = AlignStep(objective, MarginCentre()), torch.zeros(9, 5 + objective.most_borrowed)
+    pool = step._batch(scores, scores, unit, slice(2, 7), 0.8).pool
+    assert pool is not None
+    place, sure, usable = (unit.arrays[name][2:7] for name in ("place", "confidence", "usable"))
+    shrunk = 0
+    for (b, j, n), c in np.ndenumerate(sure.astype(float)):
+        margin = 0.8 if objective.margin == "batch" else 1 + 0.3 * c
+        mine = n < 4 if objective.reuses_items else not objective.shares_scores or j == place[b]
+        if (own or not mine) and c < -0.1:
+            margin, shrunk = margin * (c + 0.5) / 0.4, shrunk + 1
+        if objective.subtract_log_pool:
+            margin -= math.log(usable[b].sum())
+        assert pool.margin[b, j, n].item() == pytest.approx(margin, abs=1e-6)
+    assert bool(shrunk) == (own or objective.sharing != "none")
 
 
 def test_the_stream_loss_is_the_mean_over_all_scored_tokens_however_cut(world: Any) -> None:
@@ -484,7 +519,7 @@ def test_borrowers_taken_in_chunks_add_up(world: Any, objective: Objective, in_s
     torch.testing.assert_close(chunked.losses, whole.losses, rtol=1e-12, atol=0)
     assert chunked.metrics == pytest.approx(whole.metrics, rel=1e-12)
     # What shares nothing makes no [B, G, N] at all.
-    assert (largest[1] >= 9 * 9 * 4) is objective.borrows
+    assert (largest[1] >= 9 * 9 * 4) is objective.shares_scores
     assert largest[0] <= in_small_chunks
 
 
