@@ -21,6 +21,7 @@ NAMES = ("recray.objectives.registry",)
 SHARED_BY_STAGES = (
     "flow",
     "cluster",
+    "cost",
     "group",
     "embedding",
     "feed",

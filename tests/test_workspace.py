@@ -1,8 +1,10 @@
 """What a workspace promises: whole stages or none, nothing done twice, nothing mixed."""
 
+import json
 import logging
 import pickle
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -248,3 +250,29 @@ def test_a_stage_that_failed_is_where_the_next_run_goes_on(
         with pytest.raises(DataError):
             flow(workspace)
     assert flow(workspace) == list(MAIN_JOB[MAIN_JOB.index("sft") :])
+
+
+def test_a_stage_tells_what_it_cost(workspace: Workspace, flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fitted(job: Job) -> None:
+        kept = bytearray(200 * 2**20)
+        job.out.counts["steps"] = 50
+        job.out.facts["training_seconds"] = 8.0  # of all attempts; the stage itself took less
+        lines = [{"kind": "train", "tokens_per_s": speed} for speed in (100.0, 300.0, 900.0)]
+        job.out.write_bytes("metrics.jsonl", "\n".join(map(json.dumps, lines)).encode())
+        del kept
+
+    def slow(job: Job) -> None:
+        time.sleep(0.2)
+        job.out.write_table("rows", TABLE)
+
+    monkeypatch.setattr(sys.modules["recray.stages.align"], "run", fitted)
+    monkeypatch.setattr(sys.modules["recray.stages.evaluate"], "run", slow)
+    flow(workspace)
+    cost = workspace.require("align").facts["cost"]
+    assert cost["rows_per_s"] == 50 * PIPELINE.align.global_batch / 8.0
+    assert cost["tokens_per_s"] == 300.0
+    assert 0 < cost["largest_process_gib"] <= cost["peak_memory_gib"]
+    other = workspace.require("evaluate").facts["cost"]
+    assert other["rows_per_s"] * workspace.require("evaluate").seconds == pytest.approx(3, rel=0.5)
+    assert "tokens_per_s" not in other
+    assert "rows_per_s" not in workspace.require("report").facts["cost"]  # makes no rows

@@ -201,15 +201,18 @@ def _stages(contents: Contents) -> list[dict[str, Any]]:
     longest = max((manifest.seconds for manifest in manifests.values()), default=0.0)
     stages = []
     for name, manifest in manifests.items():
-        apart = SHOWN_APART.get(name, ())
+        apart = ("cost", *SHOWN_APART.get(name, ()))
         facts = flat_facts({fact: value for fact, value in manifest.facts.items() if not fact.startswith(apart)})
+        cost = manifest.facts.get("cost", {})
         stages.append(
             {
                 "name": name,
                 "reads": [source for source in manifest.inputs if source in manifests],
                 "counts": manifest.counts,
                 "seconds": manifest.seconds,
+                "rows_per_s": cost.get("rows_per_s"),
                 "tokens_per_s": tokens_per_s(contents.fits.get(name, ())),
+                "peak_memory_gib": cost.get("peak_memory_gib"),
                 "share": 100 * manifest.seconds / longest if longest else 0.0,
                 "facts": facts[:MOST_FACTS],
                 "more_facts": max(0, len(facts) - MOST_FACTS),

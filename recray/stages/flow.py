@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from recray.config import Part, Pipeline, Resources
 from recray.errors import ConfigError, WorkspaceError
 from recray.lock import WorkspaceLock
+from recray.stages.cost import Meter
 from recray.workspace import Manifest, StageOutput, Workspace, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -22,23 +23,24 @@ class Stage(NamedTuple):
     version: int  # raise it when the same settings and inputs give another output
     inputs: tuple[str, ...]
     lays_over: tuple[str, ...] = ()  # further parts of the settings that decide its output
+    rows: tuple[str, ...] = ()  # counts that say together how many rows it worked on; a fit: its steps say so
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("ingest", 1, ()),
-        Stage("sequences", 1, ("ingest",)),
+        Stage("ingest", 1, (), rows=("interactions",)),
+        Stage("sequences", 1, ("ingest",), rows=("histories", "train", "validation", "test")),
         Stage("audit", 1, ("ingest", "sequences")),
-        Stage("users", 1, ("ingest", "sequences")),
+        Stage("users", 1, ("ingest", "sequences"), rows=("train", "validation", "test")),
         Stage("sft", 1, ("ingest", "sequences")),
-        Stage("negatives", 1, ("ingest", "sequences")),
-        Stage("reference", 1, ("ingest", "sequences", "sft", "negatives")),
+        Stage("negatives", 1, ("ingest", "sequences"), rows=("train",)),
+        Stage("reference", 1, ("ingest", "sequences", "sft", "negatives"), rows=("train",)),
         Stage("align", 1, ("ingest", "sequences", "users", "sft", "negatives", "reference")),
-        Stage("evaluate", 4, ("ingest", "sequences", "users", "sft", "align")),
+        Stage("evaluate", 4, ("ingest", "sequences", "users", "sft", "align"), rows=("rows",)),
         Stage(
             "report",
-            4,
+            5,
             ("ingest", "sequences", "audit", "users", "sft", "negatives", "reference", "align", "evaluate"),
         ),
         Stage("tune", 2, ("ingest", "sequences", "users", "sft", "negatives", "reference"), ("align",)),
@@ -128,9 +130,12 @@ def _due(pipeline: Pipeline, workspace: Workspace, stage: Stage, *, force: bool)
 def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due, lock: WorkspaceLock) -> None:
     logger.info("%s: %s", stage.name, due.reason)
     module = importlib.import_module(f"recray.stages.{stage.name}")
-    with workspace.stage(
-        stage.name, version=stage.version, part=due.settings, seed=pipeline.seed, inputs=due.inputs
-    ) as out:
+    with (
+        workspace.stage(
+            stage.name, version=stage.version, part=due.settings, seed=pipeline.seed, inputs=due.inputs
+        ) as out,
+        Meter(stage.name, pipeline.name) as meter,
+    ):
         module.run(
             Job(
                 getattr(pipeline, stage.name),
@@ -143,10 +148,18 @@ def _run_stage(pipeline: Pipeline, workspace: Workspace, stage: Stage, due: _Due
                 due.forced,
             )
         )
+        out.facts["cost"] = meter.cost(out, _rows(stage, out, getattr(pipeline, stage.name)))
         lock.check()
     done = workspace.require(stage.name)
     counts = ", ".join(f"{name} {count:,}" for name, count in done.counts.items())
     logger.info("%s: done in %.1f s (%s)", stage.name, done.seconds, counts)
+
+
+def _rows(stage: Stage, out: StageOutput, part: Part) -> int | None:
+    """Return how many rows a stage worked on; None where that is not the measure of it."""
+    if "steps" in out.counts and hasattr(part, "global_batch"):
+        return int(out.counts["steps"] * part.global_batch)
+    return sum(out.counts.get(name, 0) for name in stage.rows) or None
 
 
 def _input_prints(pipeline: Pipeline, workspace: Workspace, stage: Stage) -> dict[str, str]:

@@ -95,7 +95,14 @@ def _manifests() -> dict[str, Manifest]:
     return {
         "ingest": _manifest("ingest", inputs={"data": "x"}, facts=read | {"note": HOSTILE}),
         "sequences": _manifest("sequences", facts={"rows": {"train": train, "test": held_out, "validation": held_out}}),
-        "sft": _manifest("sft"),
+        "sft": _manifest(
+            "sft",
+            facts={
+                "note": HOSTILE,
+                "reasons": {"duplicate": 7},
+                "cost": {"rows_per_s": 98.76, "peak_memory_gib": 1.234},
+            },
+        ),
         "evaluate": _manifest("evaluate", facts=facts, counts={"rows": 180}),
     }
 

@@ -84,7 +84,8 @@ def test_whole_page_shows_everything(contents: Contents) -> None:
         "sequences test targets 900 90 10 without history, 800 beyond targets per user",
         "evaluate test rows, by each model 180 180 none",
         "SFT 45.0 2.0",  # seconds, rows a second
-        "sft ingest train 1,234 2,000 12.5",  # tokens a second: the median
+        "sft ingest train 1,234 98.8 2,000 1.23 12.5",  # rows and tokens a second (the median), memory
+        "sequences ingest train 1,234 – – – 12.5",  # written before costs were kept
         "SFT 0.457 0.125 0.012 0.079 0.046 0.046 Comedy +0.150 <script>",  # DivRatio, MGU, DGU at 1 and 10
         "1 of 6 items of the catalogue, 31 of 700 in the histories",
         "Aligned prior-corrected 0.5.",
@@ -93,6 +94,7 @@ def test_whole_page_shows_everything(contents: Contents) -> None:
     ):
         assert row in text, row
     assert "not accounted for" not in text
+    assert "cost ·" not in text  # they have their table
     assert "NDCG@1 " not in text  # it is HR@1
     assert "Alignment" not in text  # no lines, no heading
 
