@@ -15,8 +15,10 @@ def run(job: Job) -> None:
     examples = f"{name}-examples"
     setting = alignment(job.workspace, part, job.seed, examples)
     job.out.counts["examples"] = write_examples(job.workspace, examples)
-    if job.workspace.exists("ingest", "truth"):
-        job.out.facts["known_truth"] = meet_the_truth(setting)
+    facts, guarded = meet_the_truth(setting)
+    job.out.facts |= facts
+    if guarded:
+        job.out.write_json("guard.json", guarded)
     fitted = run_alignment(setting, job.resources, run=name, name="align")
     write_fitted(job.out, fitted, job.workspace.folder("sft", "model"), name, lora=part.lora, base="sft/model")
     job.out.facts["objective"] = part.objective.model_dump(mode="json")

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from numpy import ndarray
 from safetensors.torch import save_file
 
-from recray.config import Align, Resources, Sft
+from recray.config import Align, Resources, Sft, unscored_reuse
 from recray.data.examples import (
     ExampleShards,
     join_examples,
@@ -35,7 +37,7 @@ from recray.stages.recommender import (
 )
 from recray.stages.refreshing import Drawn, draw_again
 from recray.stages.scoring import training_of
-from recray.train.audit import known_false_negatives
+from recray.train.audit import audit_guard, known_false_negatives
 from recray.train.context import WorkerContext
 from recray.train.engine import Engine
 from recray.train.feeding import AlignFeed, Share
@@ -104,6 +106,8 @@ def alignment(
     if wanted > drawn:
         raise ConfigError(f"align.num_negatives is {wanted}, but `negatives` drew {drawn}; raise negatives.num")
     source, template = _reference_source(workspace), str(workspace.require("sft").part["prompt"]["template"])
+    if problem := unscored_reuse(part.objective, source):
+        raise ConfigError(f"align.objective: {problem}")
     if wanted < drawn and source == "table" and "candidates" in template:
         raise ConfigError(
             f"align.num_negatives is {wanted}, but the prompt template shows all {drawn} negatives that were drawn and "
@@ -207,24 +211,32 @@ def make_feed(setting: Alignment, world_size: int) -> Feed:
     )
 
 
-def meet_the_truth(setting: Alignment) -> dict[str, float]:
-    """Return how often sharing and margins meet a known false negative, in steps from all over the run."""
-    workspace, objective = setting.workspace, setting.part.objective
-    feed = make_feed(setting, 1)
+def meet_the_truth(setting: Alignment) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what the guard keeps borrowers from, in steps from all over the run, and the items it most often does.
+
+    On logs whose truth is known also how often that is right, and how often sharing and margins meet a known false
+    negative. Of the negatives that the first step begins with, where they are drawn again later.
+    """
+    feed, objective = make_feed(setting, 1), setting.part.objective
     if not isinstance(feed, AlignFeed):
-        return {}
+        return {}, []
+    steps = np.unique(np.linspace(0, setting.part.steps - 1, AUDITED_STEPS).astype(int)).tolist()
+    liked = _liked_unmet(setting.workspace) if setting.workspace.exists("ingest", "truth") else None
+    facts: dict[str, Any] = {} if liked is None else {"known_truth": known_false_negatives(feed, steps, liked)}
+    if not (objective.shares_scores or objective.reuses_items):
+        return facts, []
+    labels = catalogue_from(setting.workspace, "sft", "model").labels
+    found = audit_guard(feed, steps, labels, liked)
+    return facts | {"guard": found.facts}, found.items
+
+
+def _liked_unmet(workspace: Workspace) -> list[Int[ndarray, " _"]]:
+    """Return for each training row the items that its user would like but never met."""
     truth = workspace.table("ingest", "truth")
     liked = dict(zip(truth["user_id"].to_pylist(), list_arrays(truth["liked"]), strict=True))
     users = workspace.table("sequences", "train", columns=["row", "user_id"]).sort_by("row")["user_id"].to_pylist()
     nothing = np.zeros(0, dtype=np.int32)
-    steps = np.unique(np.linspace(0, setting.part.steps - 1, AUDITED_STEPS).astype(int)).tolist()
-    return known_false_negatives(
-        feed,
-        steps,
-        [liked.get(user, nothing) for user in users],
-        base=objective.margin_base,
-        slope=objective.margin_slope,
-    )
+    return [liked.get(user, nothing) for user in users]
 
 
 def _reference_source(workspace: Workspace) -> str:

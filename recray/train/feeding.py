@@ -174,10 +174,16 @@ class AlignFeed:
         """Return what each user of a global batch scores under its own prompt: its positive, its negatives, others'."""
         return [items.copy() for items in self._plan(step).listed]
 
-    def lent(self, step: int, most: int) -> Lent:
-        """Return what the first `most` users of a global batch are offered."""
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return self._objective
+
+    def lent(self, step: int, most: int) -> tuple[Lent, list[int]]:
+        """Return what the first `most` users of a global batch are offered, and the row ids of those."""
         examples, items, *_ = self._plan(step)
-        return self._lent(examples, items, np.arange(min(most, len(items))))
+        mine = np.arange(min(most, len(items)))
+        return self._lent(examples, items, mine), examples.row[mine].tolist()
 
     def _lent(self, examples: Examples, items: Int[ndarray, "G K"], mine: Int[ndarray, " B"]) -> Lent:
         """Return what these users are offered; of items to be reused, none that stand among their own candidates."""

@@ -223,23 +223,18 @@ class AlignStep:
         """Return negatives with margins. Those are made in the scores' precision, not in that of the confidences."""
         settings = self._settings
         may, confidence = (torch.from_numpy(array).to(score.device) for array in (usable, sure))
-        margin = margins_of(settings, confidence.to(score.dtype), flat=flat)
-        if settings.guard_near == "shrink":
-            less = shrunk_margin(margin, confidence.to(score.dtype), threshold=settings.guard_threshold)
-            margin = torch.where(self._guarded(place, may), less, margin)
+        margin = margins_of(settings, confidence.to(score.dtype), self._borrowed(place, may), flat=flat)
         if settings.subtract_log_pool:
             margin = margin - may.sum(dim=(1, 2)).to(score.dtype).clamp_min(1).log()[:, None, None]
         negative = score[:, 1:] if settings.shares_scores else score[place, 1:][:, None]
         return Pool(negative.detach() if settings.detach_shared else negative, may, margin)
 
-    def _guarded(self, place: Int[Tensor, " B"], usable: Bool[Tensor, "B O N"]) -> Bool[Tensor, "B _ _"]:
-        """Return which negatives the guard by nearness looks at: borrowed ones, and one's own where it is told to."""
-        if self._settings.guard_own:
-            return torch.ones_like(usable)
+    def _borrowed(self, place: Int[Tensor, " B"], usable: Bool[Tensor, "B O N"]) -> Bool[Tensor, "_ _ _"]:
+        """Return which negatives are borrowed: all but the row's own, or what stands behind those in one list."""
         if self._settings.shares_scores:
             return ~own_only(place, usable.shape[1])[:, :, None]
         number = torch.arange(usable.shape[2], device=usable.device)
-        return (number >= usable.shape[2] - self._settings.most_borrowed).expand(usable.shape)
+        return (number >= usable.shape[2] - self._settings.most_borrowed)[None, None]
 
     def _margin_of_batch(self, unit: Unit, device: torch.device) -> float:
         """Return the one margin of the global batch; 0 where the objective has none or one a negative."""
@@ -314,12 +309,28 @@ def _named(bad: Bool[Tensor, " G"], unit: Unit) -> tuple[int, ...]:
 
 
 def margins_of(
-    objective: Objective, confidence: Float[Tensor, "B O N"], *, flat: float = 0.0
+    objective: Objective,
+    confidence: Float[Tensor, "B O N"],
+    borrowed: Bool[Tensor, "_ _ _"],
+    *,
+    flat: float = 0.0,
 ) -> Float[Tensor, "B O N"]:
-    """Return the margin asked over each negative, before any guard; `flat`: the one of the batch, where it has one."""
+    """Return the margin asked over each negative, smaller where the guard by nearness says so.
+
+    Args:
+        objective: With margins.
+        confidence: The user's, in each.
+        borrowed: Which were not drawn for the user itself; the guard leaves those that were, unless it is told not to.
+        flat: The margin of the batch, where it has one.
+    """
     if objective.margin == "per_negative":
-        return per_negative_margin(confidence, base=objective.margin_base, slope=objective.margin_slope)
-    return torch.full_like(confidence, flat)
+        margin = per_negative_margin(confidence, base=objective.margin_base, slope=objective.margin_slope)
+    else:
+        margin = torch.full_like(confidence, flat)
+    if objective.guard_near != "shrink":
+        return margin
+    less = shrunk_margin(margin, confidence, threshold=objective.guard_threshold)
+    return less if objective.guard_own else torch.where(borrowed, less, margin)
 
 
 def _cells(micro: MicroBatch, unit: Unit, width: int) -> Int[Tensor, " scores"]:
