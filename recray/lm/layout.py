@@ -57,6 +57,8 @@ Packing: TypeAlias = Callable[[ndarray], tuple[ndarray, ndarray, tuple[int, int]
 def candidate_layout(segments: Segments) -> Layout:
     """Return the rows in which every candidate of every segment is scored; slot k is candidate k.
 
+    A candidate's last token is predicted and predicts nothing, so it is in no row.
+
     Raises:
         ValueError: if a prompt or a candidate has no tokens, naming it.
     """
@@ -68,8 +70,8 @@ def candidate_layout(segments: Segments) -> Layout:
         segments.candidate_lengths,
     )
     user_of_candidate = np.repeat(np.arange(users), segments.candidates_each)
-    candidate_total = np.bincount(user_of_candidate, weights=lengths, minlength=users).astype(np.int64)
-    row, start, shape = pack(prompts + candidate_total)
+    read_total = np.bincount(user_of_candidate, weights=lengths - 1, minlength=users).astype(np.int64)
+    row, start, shape = pack(prompts + read_total)
     flat_start = row * shape[1] + start
 
     prompt_user = np.repeat(np.arange(users), prompts)
@@ -77,20 +79,21 @@ def candidate_layout(segments: Segments) -> Layout:
     prompt_place = flat_start[prompt_user] + prompt_step
 
     number = _steps(segments.candidates_each)  # of a candidate inside its segment
-    before = _starts_within(lengths, segments.candidates_each)  # its offset behind the prompt
+    before = _starts_within(lengths - 1, segments.candidates_each)  # its offset behind the prompt
     candidate = np.repeat(np.arange(lengths.size), lengths)
     step = _steps(lengths)
     user = user_of_candidate[candidate]
-    first = flat_start[user] + prompts[user] + before[candidate]
-    place = first + step
-
-    places = np.concatenate([prompt_place, place])
+    place = flat_start[user] + prompts[user] + before[candidate] + step
     last_of_prompt = flat_start[user] + prompts[user] - 1
+    read = step < lengths[candidate] - 1
+
+    places = np.concatenate([prompt_place, place[read]])
+    tokens = np.concatenate([segments.prompt_tokens, segments.candidate_tokens[read]])
     return Layout(
-        tokens=_fill(shape, places, np.concatenate([segments.prompt_tokens, segments.candidate_tokens]), 0),
-        positions=_fill(shape, places, np.concatenate([prompt_step, prompts[user] + step]), 0),
-        segment=_fill(shape, places, np.concatenate([prompt_user, user]), PADDING),
-        branch=_fill(shape, places, np.concatenate([0 * prompt_step, 1 + number[candidate]]), 0),
+        tokens=_fill(shape, places, tokens, 0),
+        positions=_fill(shape, places, np.concatenate([prompt_step, (prompts[user] + step)[read]]), 0),
+        segment=_fill(shape, places, np.concatenate([prompt_user, user[read]]), PADDING),
+        branch=_fill(shape, places, np.concatenate([0 * prompt_step, 1 + number[candidate[read]]]), 0),
         source=np.where(step == 0, last_of_prompt, place - 1),
         label=segments.candidate_tokens.astype(np.int64),
         slot=candidate,
@@ -108,7 +111,7 @@ def separate_layout(segments: Segments) -> Layout:
     _refuse_empty(segments.candidate_lengths, "candidate")
     user = np.repeat(np.arange(segments.candidates_each.size), segments.candidates_each)
     prompts, lengths = segments.prompt_lengths[user], segments.candidate_lengths
-    row, _, shape = one_a_row(prompts + lengths)
+    row, _, shape = one_a_row(prompts + lengths - 1)
 
     copy, prompt_step = np.repeat(row, prompts), _steps(prompts)
     prompt_start = (np.cumsum(segments.prompt_lengths) - segments.prompt_lengths)[user]
@@ -116,11 +119,12 @@ def separate_layout(segments: Segments) -> Layout:
 
     candidate, step = np.repeat(row, lengths), _steps(lengths)
     place = candidate * shape[1] + prompts[candidate] + step
-    places = np.concatenate([copy * shape[1] + prompt_step, place])
-    owner = np.concatenate([copy, candidate])
+    read = step < lengths[candidate] - 1
+    places = np.concatenate([copy * shape[1] + prompt_step, place[read]])
+    owner = np.concatenate([copy, candidate[read]])
     return Layout(
-        tokens=_fill(shape, places, np.concatenate([copied, segments.candidate_tokens]), 0),
-        positions=_fill(shape, places, np.concatenate([prompt_step, prompts[candidate] + step]), 0),
+        tokens=_fill(shape, places, np.concatenate([copied, segments.candidate_tokens[read]]), 0),
+        positions=_fill(shape, places, np.concatenate([prompt_step, (prompts[candidate] + step)[read]]), 0),
         segment=_fill(shape, places, owner, PADDING),
         branch=_fill(shape, places, 0 * owner, 0),
         source=place - 1,

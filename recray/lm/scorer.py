@@ -1,6 +1,6 @@
 """Log-probabilities of items under a causal language model, one pass over each prompt.
 
-Axes: as in `recray.lm.layout`; D is the hidden size, V the vocabulary.
+Axes: as in `recray.lm.layout`; D is the hidden size, V the vocabulary, U the states that predict something.
 """
 
 from pathlib import Path
@@ -37,13 +37,17 @@ _NO_HISTORY = np.zeros(0, dtype=np.int32)
 
 
 class Packed(NamedTuple):
-    """A `Layout` as tensors on the device."""
+    """A `Layout` as tensors on the device, its scored tokens by rising place of what predicts them.
+
+    The last token of a prompt predicts the first of every candidate behind it: one state, and one row of logits.
+    """
 
     tokens: Int[Tensor, "R T"]
     positions: Int[Tensor, "R T"]
     segment: Int[Tensor, "R T"]
     branch: Int[Tensor, "R T"]
-    source: Int[Tensor, " S"]
+    state: Int[Tensor, " U"]  # flat place (row * T + column) of each hidden state that predicts something
+    source: Int[Tensor, " S"]  # which of those predicts `label`; never falls
     label: Int[Tensor, " S"]
     slot: Int[Tensor, " S"]
     num_scores: int
@@ -68,16 +72,22 @@ class ItemScorer(nn.Module):
     def forward(self, packed: Packed) -> Float[Tensor, " S"]:
         """Return log pi(label | everything it may see), in nats, float32 or wider, one a scored token."""
         hidden = self.hidden(packed)
-        if packed.source.numel() * self._vocabulary <= LOGITS_KEPT:
-            return self._log_probability(hidden, packed.label)
+        states = packed.state.numel()
+        if states * self._vocabulary <= LOGITS_KEPT:
+            return self._log_probability(hidden, packed.source, packed.label)
         chunk = max(1, LOGITS_AT_ONCE // self._vocabulary)
-        pieces = zip(torch.split(hidden, chunk), torch.split(packed.label, chunk), strict=True)
+        firsts = range(0, states, chunk)
+        borders = torch.searchsorted(packed.source, packed.source.new_tensor([*firsts, states])).tolist()
+        pieces = [
+            (hidden[first : first + chunk], packed.source[start:end] - first, packed.label[start:end])
+            for first, start, end in zip(firsts, borders, borders[1:], strict=False)
+        ]
         if not torch.is_grad_enabled():
-            return torch.cat([self._log_probability(h, y) for h, y in pieces])
-        return torch.cat([checkpoint(self._log_probability, h, y, use_reentrant=False) for h, y in pieces])
+            return torch.cat([self._log_probability(*piece) for piece in pieces])
+        return torch.cat([checkpoint(self._log_probability, *piece, use_reentrant=False) for piece in pieces])
 
-    def hidden(self, packed: Packed) -> Float[Tensor, "S D"]:
-        """Return the hidden states that predict the scored tokens."""
+    def hidden(self, packed: Packed) -> Float[Tensor, "U D"]:
+        """Return the hidden states that predict scored tokens."""
         columns = packed.tokens.shape[1]
         flex = self.model.config._attn_implementation == FLEX
         if flex:
@@ -85,7 +95,7 @@ class ItemScorer(nn.Module):
         states = self.model.base_model(
             input_ids=packed.tokens, use_cache=False, **self._attention(packed, flex=flex)
         ).last_hidden_state
-        chosen: Tensor = states[:, :columns].flatten(end_dim=1)[packed.source]
+        chosen: Tensor = states[:, :columns].flatten(end_dim=1)[packed.state]
         return chosen
 
     def _attention(self, packed: Packed, *, flex: bool) -> dict[str, Any]:
@@ -116,13 +126,15 @@ class ItemScorer(nn.Module):
         found: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return found
 
-    def _log_probability(self, hidden: Float[Tensor, "s D"], label: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
+    def _log_probability(
+        self, hidden: Float[Tensor, "u D"], source: Int[Tensor, " s"], label: Int[Tensor, " s"]
+    ) -> Float[Tensor, " s"]:
         # float32: bf16 keeps 8 bits of mantissa, so a log-probability near -40 would be off by a quarter of a nat.
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._softcap is not None:
             logits = self._softcap * torch.tanh(logits / self._softcap)
-        picked: Tensor = logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(dim=1)
+        picked: Tensor = logits[source, label] - logits.logsumexp(dim=1)[source]
         return picked
 
 
@@ -153,7 +165,11 @@ def sum_by_slot(log_probability: Float[Tensor, " S"], packed: Packed) -> Float[T
 
 def to_device(layout: Layout, device: torch.device | str) -> Packed:
     """Return the layout as tensors on `device`."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(layout, name))).to(device) for name in ARRAYS}
+    arrays = {name: getattr(layout, name) for name in ARRAYS}
+    order = np.argsort(layout.source, kind="stable")
+    arrays["state"], arrays["source"] = np.unique(layout.source[order], return_inverse=True)
+    arrays["label"], arrays["slot"] = layout.label[order], layout.slot[order]
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
     return Packed(**tensors, num_scores=layout.num_scores, plain=layout.plain)
 
 
@@ -214,9 +230,9 @@ def segment_lengths(
     candidates: list[ndarray],
     shown: list[ndarray] | None = None,
 ) -> Int[ndarray, " U"]:
-    """Return the tokens of each segment: all its candidates, and its prompt, once or as often as it must be read."""
+    """Return the tokens that each segment reads: candidates but for their last, and the prompt, once or for each."""
     listed = candidates if shown is None else shown
-    own = np.array([catalogue.item_lengths[items].sum() for items in candidates], dtype=np.int64)
+    own = np.array([(catalogue.item_lengths[items] - 1).sum() for items in candidates], dtype=np.int64)
     prompts = [catalogue.prompt_length(h, items) for h, items in zip(histories, listed, strict=True)]
     copies = 1 if catalogue.shares_prompt else np.array([items.size for items in candidates], dtype=np.int64)
     return np.array(prompts, dtype=np.int64) * copies + own

@@ -9,6 +9,7 @@ from numpy import ndarray
 
 from recray.lm.attention import visible
 from recray.lm.layout import PADDING, Layout, Segments, candidate_layout, pack, stream_layout
+from recray.lm.scorer import to_device
 
 
 def segments(prompts: list[int], candidates: list[list[int]]) -> Segments:
@@ -90,13 +91,18 @@ def test_packed_segments_do_not_overlap_and_rows_are_no_wider_than_the_longest(s
 
 
 def test_a_small_layout_by_hand() -> None:
-    layout = candidate_layout(segments([2], [[1, 2]]))
-    assert layout.tokens.tolist() == [[1, 2, 3, 4, 5]]
+    layout = candidate_layout(segments([2], [[2, 1, 3]]))  # 3 4, 5, 6 7 8: the last of each is read by nobody
+    assert layout.tokens.tolist() == [[1, 2, 3, 6, 7]]
     assert layout.positions.tolist() == [[0, 1, 2, 2, 3]]
-    assert layout.branch.tolist() == [[0, 0, 1, 2, 2]]
-    assert layout.source.tolist() == [1, 1, 3]
-    assert layout.label.tolist() == [3, 4, 5]
-    assert layout.slot.tolist() == [0, 1, 1]
+    assert layout.branch.tolist() == [[0, 0, 1, 3, 3]]
+    assert layout.source.tolist() == [1, 2, 1, 1, 3, 4]
+    assert layout.label.tolist() == [3, 4, 5, 6, 7, 8]
+    assert layout.slot.tolist() == [0, 0, 1, 2, 2, 2]
+    packed = to_device(layout, "cpu")  # three candidates begin behind one state
+    assert packed.state.tolist() == [1, 2, 3, 4]
+    assert packed.source.tolist() == [0, 0, 0, 1, 2, 3]
+    assert packed.label.tolist() == [3, 5, 6, 4, 7, 8]
+    assert packed.slot.tolist() == [0, 1, 2, 0, 2, 2]
 
 
 def test_padding_belongs_to_no_segment() -> None:

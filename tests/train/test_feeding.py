@@ -194,7 +194,7 @@ def test_a_prompt_that_lists_candidates_does_not_give_the_target_away(world) -> 
         np.testing.assert_array_equal(first, feed._shown(row, 0))
     (micro,) = feed.unit(0, 0).micro_batches
     lengths = [
-        catalogue.prompt_length(world.histories[row], feed._shown(row, 0)) + catalogue.item_lengths[row]
+        catalogue.prompt_length(world.histories[row], feed._shown(row, 0)) + catalogue.item_lengths[row] - 1
         for row in rows_of_step(ORDER, 0).tolist()
     ]
     assert (micro.layout.segment >= 0).sum() == sum(lengths)
