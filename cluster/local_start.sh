@@ -13,8 +13,10 @@ fi
 # A job's `python` is the one that the cluster finds first.
 export RAY_AUTH_MODE=token PATH="$PWD/.venv/bin:$PATH"
 ray get-auth-token --generate >/dev/null
-# --block: one process that takes all others of this cluster with it, so that stopping need not guess by name.
-nohup setsid ray start --head --block --dashboard-host=127.0.0.1 --dashboard-port=8265 --disable-usage-stats \
+# --block: one process that takes all others of this cluster with it, so that stopping need not guess by name. A free
+# port for the agent: where another Ray of this machine has the usual one, no job could be submitted.
+nohup setsid ray start --head --block --dashboard-host=127.0.0.1 --dashboard-port=8265 \
+  --dashboard-agent-listen-port=0 --disable-usage-stats \
   >"$state/log" 2>&1 </dev/null &
 echo $! >"$state/pid"
 
