@@ -20,4 +20,5 @@ def front(values: Float[ndarray, "P G"]) -> Bool[ndarray, " P"]:
     as_good = (values[:, None] >= values[None]).all(axis=2)  # [by, of]: comparisons with NaN are false
     better = (values[:, None] > values[None]).any(axis=2)
     beaten: Bool[ndarray, " P"] = (as_good & better & known[:, None]).any(axis=0)
-    return known & ~beaten
+    on: Bool[ndarray, " P"] = known & ~beaten
+    return on

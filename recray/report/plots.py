@@ -164,7 +164,7 @@ def popularity_picture(metrics: Sequence[Entry], chosen_popularity: float | None
         axes.grid(axis="y")
         axes.set_xlabel("training interactions of the first item shown, on average")
         axes.set_ylabel(measure_name(measure))
-        return _svg(figure, f"{measure_name(measure)} of each model over the popularity of what it shows first")
+        return as_svg(figure, f"{measure_name(measure)} of each model over the popularity of what it shows first")
 
 
 def paths_picture(paths: Mapping[str, tuple[Sequence[float], Sequence[float]]], over: str, measure: str) -> str | None:
@@ -204,7 +204,7 @@ def paths_picture(paths: Mapping[str, tuple[Sequence[float], Sequence[float]]], 
         axes.grid(axis="y")
         axes.set_xlabel(over)
         axes.set_ylabel(f"validation {measure_name(measure)}")
-        return _svg(figure, f"Validation {measure_name(measure)} of each method over {over}")
+        return as_svg(figure, f"Validation {measure_name(measure)} of each method over {over}")
 
 
 def method_colour(method: str, methods: Sequence[str]) -> str:
@@ -241,7 +241,7 @@ def exposure_picture(exposure: Mapping[str, Any]) -> str:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
         axes.spines[["left", "bottom"]].set_visible(False)
         _group_legend(axes, exposure["groups"])
-        return _svg(figure, "Share of first recommendations by popularity group of the catalogue")
+        return as_svg(figure, "Share of first recommendations by popularity group of the catalogue")
 
 
 def difference_picture(differences: Sequence[Entry]) -> str | None:
@@ -266,7 +266,7 @@ def difference_picture(differences: Sequence[Entry]) -> str | None:
         axes.locator_params(axis="x", nbins=5)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(f"difference in {measure_name(measure)}")
-        return _svg(figure, f"Paired differences in {measure_name(measure)} with their intervals")
+        return as_svg(figure, f"Paired differences in {measure_name(measure)} with their intervals")
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -325,7 +325,7 @@ def _curves(title: str, curves: Sequence[Series]) -> str:
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.locator_params(axis="y", nbins=5)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}".replace("-", "−"))
-        return _svg(figure, f"{title} over steps")
+        return as_svg(figure, f"{title} over steps")
 
 
 def _draw(axes: Axes, curve: Series, colour: str) -> None:
@@ -391,7 +391,7 @@ def _colour(model: str) -> str:
     return MODELS.get(model, OTHER_MODEL)
 
 
-def _svg(figure: Figure, description: str) -> str:
+def as_svg(figure: Figure, description: str) -> str:
     """Return the figure as an SVG element for a page: no header, no links, sizes and colours left to the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": description, "svg.fonttype": "none"}):
