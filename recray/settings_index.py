@@ -19,6 +19,13 @@ from recray.objectives import registry
 
 # What JSON Schema calls the bounds of a number.
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+# Choices under which objectives have further settings: those of `registry.settings_of`.
+CHOICES: dict[str, dict[str, str]] = {
+    "": {},
+    "with `reuse=item` ": {"reuse": "item"},
+    "with `guard_near=mask` or `shrink` ": {"guard_near": "mask"},
+    "with both ": {"reuse": "item", "guard_near": "mask"},
+}
 PREAMBLE = """# Every setting
 
 Made by `make settings` from the models of `recray/config.py`; do not edit it by hand. A setting is given by its dotted
@@ -199,16 +206,16 @@ def _is_choice(field: FieldInfo) -> bool:
 
 
 def _of_objectives(name: str) -> str:
-    """Return the objectives that have a setting."""
-    having = [each for each in registry.names() if name in registry.settings_of(each)]
+    """Return the objectives that have a setting, at once or under a choice of other settings."""
     if name == "name":
         return ""
-    without = [each for each in registry.names() if each not in having]
-    if without == [registry.SUPERVISED]:
-        return f"Holds for all but {registry.SUPERVISED}."
-    chosen = [each for each in without if name in registry.every_setting_of(each)]
-    told = [f"for {', '.join(having)}"] if having else []
-    told += [f"by choice of reuse and guard_near for {', '.join(chosen)}"] if chosen else []
+    told, known = [], set()
+    for choice, given in CHOICES.items():
+        having = [each for each in registry.names() if name in registry.settings_of(each, given) and each not in known]
+        known |= set(having)
+        if having:
+            all_but = len(having) == len(registry.names()) - 1 and registry.SUPERVISED not in having
+            told.append(f"{choice}for {f'all but {registry.SUPERVISED}' if all_but else ', '.join(having)}")
     return f"Holds {'; '.join(told)}."
 
 

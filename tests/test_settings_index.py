@@ -51,10 +51,12 @@ def test_objectives_tell_their_settings_and_their_own_defaults(index: dict[str, 
     assert index["align.objective.smoothing"].holds == "Holds for rosepo."
     assert index["align.objective.beta"].holds == "Holds for all but sft."
     assert index["align.objective.beta"].default == "`1.0`; simpo `2.0`"
-    assert index["align.objective.guard"].holds.startswith("Holds for napo; by choice of reuse and guard_near for ")
-    assert index["align.objective.reuse_items"].holds.startswith("Holds by choice of reuse and guard_near for napo,")
-    for name in registry.own_settings():
-        assert index[f"align.objective.{name}"].holds
+    assert index["align.objective.guard"].holds.startswith("Holds for napo; with `reuse=item` for sdpo,")
+    having = {name for objective in registry.OBJECTIVES for name in registry.every_setting_of(objective)}
+    told = {key.rpartition(".")[2]: setting.holds for key, setting in index.items() if "objective." in key}
+    assert {name for name, holds in told.items() if holds} == having == set(told) - {"name"}
+    assert told["reuse_items"].startswith("Holds with `reuse=item` for napo,")
+    assert "; with both for sdpo," in told["guard_threshold"]
 
 
 def test_a_part_says_which_stages_run_again() -> None:
