@@ -183,26 +183,28 @@ class Users(Chosen):
 
     younger: ClassVar[tuple[str, ...]] = ("shuffled",)
 
-    dim: Count = 64
-    layers: Count = 2
-    heads: Count = 2
-    max_history: Count = 50
-    dropout: Dropout = 0.2
-    loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
-    sampled_negatives: Count = Field(256, description="For sampled_softmax; shared by a batch.")
+    dim: Count = Field(64, description="Of vectors.")
+    layers: Count = Field(2, description="Of self-attention.")
+    heads: Count = Field(2, description="Of attention.")
+    max_history: Items = Field(50, description="The latest items of a history that are read.")
+    dropout: Dropout = Field(0.2, description="Of embeddings, attention and feed-forward parts.")
+    loss: Literal["full_softmax", "sampled_softmax"] = Field(
+        "full_softmax", description="What the next item is told from: all items, or sampled negatives."
+    )
+    sampled_negatives: Items = Field(256, description="For sampled_softmax; shared by a batch.")
     sampler: Literal[
         "uniform", "popularity", "inverse_popularity", "in_batch", "mixed", "adaptive", "adaptive_mixed"
     ] = Field("popularity", description="Of sampled negatives; for sampled_softmax.")
     exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
     uniform_share: Fraction = Field(0.5, description="Of sampled negatives, for mixed and adaptive_mixed.")
-    hardest: Count = Field(
+    hardest: Items = Field(
         64, description="Of the sampled negatives, those a target is compared with; for adaptive and adaptive_mixed."
     )
-    passes: Count = 30
-    patience: Count = Field(3, description="Passes without a better validation NDCG@10 before it stops.")
-    global_batch: Count = 128
-    learning_rate: Positive = 1e-3
-    weight_decay: NonNegative = 0.0
+    passes: Passes = Field(30, description="Most, over all histories.")
+    patience: Passes = Field(3, description="Without a better validation NDCG@10, after which it stops.")
+    global_batch: Annotated[Count, Unit("histories")] = Field(128, description="Histories a step.")
+    learning_rate: Positive = Field(1e-3, description="Of AdamW, the same in every step.")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's.")
     shuffled: Share = Field(
         0.0, description="Share of histories cut into windows in a random order, others in every pass."
     )
@@ -422,15 +424,21 @@ class Reference(Part):
 
 class _Objective(Part):
     name: str = Field("napo", description="`sft` goes on with supervised fine-tuning: the control at equal time.")
-    beta: Positive = 1.0
+    beta: Positive = Field(1.0, description="What scores or log-ratios, in nats, are multiplied by.")
     reference: bool = Field(True, description="Log-ratios against the SFT model; False: policy only.")
-    margin: Literal["per_negative", "batch", "none"] = "per_negative"
+    margin: Literal["per_negative", "batch", "none"] = Field(
+        "per_negative",
+        description="Lead asked of the positive: one a negative, by its confidence; one a batch, as released; or none.",
+    )
     margin_base: NonNegative = Field(1.0, description="gamma_0, in units of beta * nats.")
     margin_slope: NonNegative = Field(0.3, description="alpha.")
-    sharing: Literal["none", "top_fraction", "threshold"] = "top_fraction"
+    sharing: Literal["none", "top_fraction", "threshold"] = Field(
+        "top_fraction",
+        description="From whom a user borrows negatives: the most similar users of the batch, or those above a threshold.",
+    )
     sharing_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.7, description="rho.")
     sharing_threshold: float = Field(0.5, description="Least similarity, for threshold.")
-    similarity: Literal["cosine", "dot"] = "cosine"
+    similarity: Literal["cosine", "dot"] = Field("cosine", description="Of two users' vectors.")
     guard: bool = Field(True, description="A borrower never uses an item it met in training, nor its own target.")
     guard_near: Literal["none", "mask", "shrink"] = Field(
         "none", description="Borrowed items that the user likely likes are left out, or their margin shrinks to 0."
