@@ -434,9 +434,9 @@ class _Objective(Part):
     margin_slope: NonNegative = Field(0.3, description="alpha.")
     sharing: Literal["none", "top_fraction", "threshold"] = Field(
         "top_fraction",
-        description="From whom a user borrows negatives: the most similar users of the batch, or those above a threshold.",
+        description="Whose negatives a user borrows: the most similar users', or those above a threshold.",
     )
-    sharing_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.7, description="rho.")
+    sharing_fraction: Share = Field(0.7, description="rho, of the other users, for top_fraction.")
     sharing_threshold: float = Field(0.5, description="Least similarity, for threshold.")
     similarity: Literal["cosine", "dot"] = Field("cosine", description="Of two users' vectors.")
     guard: bool = Field(True, description="A borrower never uses an item it met in training, nor its own target.")
