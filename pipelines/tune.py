@@ -1,4 +1,4 @@
-"""A search over margin and number of negatives, as a Ray job; same options as `recray tune`.
+"""A search over settings of `align`, as a Ray job; same options as `recray tune`. Run again, it goes on.
 
 ray job submit --working-dir . -- python -m pipelines.tune --recipe movielens --data PATH --workspace URI
 """

@@ -30,7 +30,7 @@ STAGE_HELP = {
     "align": "Optimise preferences from the SFT model.",
     "evaluate": "Rank the test split with every model and baseline.",
     "report": "Write the report of the run as one HTML file.",
-    "tune": "Search over margin and number of negatives; not part of `run`.",
+    "tune": "Search over settings of align, judged on validation; not part of `run`.",
     "compare": "Methods of alignment side by side, from one SFT model; not part of `run`.",
 }
 

@@ -27,6 +27,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from recray.errors import ConfigError
 from recray.objectives import registry
+from recray.space import PREFIX, Point, Range, Space, is_range, named_ranges
 
 
 class Unit:
@@ -646,13 +647,58 @@ class Report(Part):
 
 
 class Tune(Part):
-    """A search over margin and number of negatives, judged on validation."""
+    """A search over settings of `align`, judged on validation; see docs/search.md."""
 
-    trials: Count = 6
-    margin_base: tuple[float, float] = (0.0, 2.0)
-    num_negatives: tuple[Count, ...] = (1, 3, 7, 15)
-    steps: Count = 60
-    search: Literal["optuna", "random"] = "optuna"
+    space: dict[str, Range] | None = Field(
+        None,
+        description="Ranges of settings of align or its objective: `margin_base: {uniform: [0, 2]}`. None: what the "
+        "objective says is worth trying, its margin and the number of negatives.",
+    )
+    trials: Annotated[Count, Unit("points")] = Field(6, description="Points of the space that are tried.")
+    seeds: Annotated[Count, Unit("runs")] = Field(
+        1, description="Runs of each point: the pipeline's seed, and those after it."
+    )
+    search: Literal["optuna", "random"] = Field("optuna", description="optuna: Optuna's TPE, led by what came out.")
+    goals: tuple[Literal["ndcg@10", "popularity@10"], ...] = Field(
+        ("ndcg@10",), min_length=1, description="What TPE is led by: high ranking, low popularity of what is shown."
+    )
+    steps: Steps = Field(60, description="Of each run.")
+    validate_every: Steps = Field(20, description="Between validations, in place of align's.")
+    stop_early: bool = Field(False, description="ASHA: runs that fall behind others at a rung end there.")
+    first_rung: Steps = Field(20, description="For stop_early; a multiple of validate_every.")
+    reduction: Annotated[int, Field(ge=2)] = Field(
+        3, description="For stop_early: one run in so many goes on, and each rung is so many times the one before."
+    )
+    retries: Annotated[int, Field(ge=0), Unit("starts")] = Field(
+        1, description="Of a run that crashed, before it is marked as failed."
+    )
+    at_once: Annotated[Count, Unit("runs")] | None = Field(
+        None, description="Most that run side by side. None: as many as the cluster holds."
+    )
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="Where results are sent besides; each has to be installed."
+    )
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _by_whole_names(cls, given: Any) -> Any:
+        return named_ranges(given, _whole_names()) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _rungs_are_validated(self) -> Self:
+        if self.stop_early and self.first_rung % self.validate_every:
+            raise ValueError(
+                f"tune.first_rung is {self.first_rung}, but must be a multiple of tune.validate_every, "
+                f"{self.validate_every}: runs are compared where they are validated"
+            )
+        return self
+
+
+def _whole_names() -> dict[str, str]:
+    """Return the whole name below `align` of each setting of an objective that may be called by its own."""
+    return {name: f"{PREFIX}{name}" for name in Objective.model_fields if name != "name"} | {
+        PREFIX.rstrip("."): f"{PREFIX}name"
+    }
 
 
 class Compare(Part):
@@ -720,12 +766,21 @@ class Pipeline(Part):
 
     @model_validator(mode="after")
     def _negatives_suffice(self) -> Self:
-        wanted = max([self.align.num_negatives or 1, *self.tune.num_negatives])
+        asked = (self.tune.space or {}).get("num_negatives")
+        wanted = max([self.align.num_negatives or 1, *(int(end) for end in (asked.ends if asked else ()))])
         if wanted > self.negatives.num:
             raise ValueError(
-                f"align.num_negatives or tune.num_negatives asks for {wanted} negatives a row, but negatives.num "
+                f"align.num_negatives or tune.space asks for {wanted} negatives a row, but negatives.num "
                 f"draws {self.negatives.num}; raise negatives.num or lower the others"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _searches_what_there_is(self) -> Self:
+        try:
+            search_space(self)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")
@@ -835,6 +890,88 @@ def variants(pipeline: Pipeline) -> dict[str, Align]:
     return found
 
 
+def search_space(pipeline: Pipeline) -> Space:
+    """Return the range of each setting that `tune` searches, by its name below `align`.
+
+    Without `tune.space`: what the registry says is worth trying of the pipeline's objective, the margin and the number
+    of negatives where the objective reads them.
+
+    Raises:
+        ConfigError: naming the setting and the nearest valid one, or the value that it can't have.
+    """
+    space = pipeline.tune.space
+    if space is None:
+        return _default_space(pipeline)
+    if not space:
+        raise ConfigError("tune.space is empty, so there is nothing to search; leave it out for the default")
+    base = pipeline.align
+    ranged = space.get(f"{PREFIX}name")
+    objectives = [base.objective.name] if ranged is None else [str(name) for name in ranged.ends]
+    own = {name: _settings_below_align(name) for name in objectives if name in registry.names()}
+    known = list(dict.fromkeys(name for names in own.values() for name in names))
+    for name, found in space.items():
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"tune.space: {name}: not a setting that can be searched here; the nearest is {near}")
+        for objective in objectives:
+            for end in found.ends:
+                if name in own.get(objective, (name,)):
+                    point_of_space(base, {f"{PREFIX}name": objective, name: end})
+    return space
+
+
+def point_of_space(base: Align, point: Point) -> Align:
+    """Return `base` with the values of a point laid over it; what the point's objective does not have is left out.
+
+    The pipeline's own objective keeps its settings there, another begins with its defaults.
+
+    Raises:
+        ConfigError: naming a value that a setting can't have.
+    """
+    tree: dict[str, Any] = base.model_dump(mode="json")
+    objective = str(point.get(f"{PREFIX}name", base.objective.name))
+    if objective != base.objective.name:
+        tree["objective"] = {"name": objective}
+    own = _settings_below_align(objective) if objective in registry.names() else None
+    for name, value in point.items():
+        if own is None or name in own:
+            _lay_over(tree, _nested(name.split("."), value))
+    try:
+        return Align.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem, []) for problem in error.errors()]
+        raise ConfigError("tune.space: " + "\n  ".join(lines)) from None
+
+
+def _settings_below_align(objective: str) -> list[str]:
+    """Return the settings of `align` that a search under this objective may set; how long it trains is its own."""
+    groups = {name.rpartition(".")[0] for name in setting_names(Align)}
+    mine = [f"{PREFIX}{name}" for name in ("name", *registry.every_setting_of(objective))]
+    others = [
+        name
+        for name in setting_names(Align)
+        if not name.startswith(PREFIX) and name not in groups and name not in ("steps", "seconds", "validate_every")
+    ]
+    return mine + others
+
+
+def _default_space(pipeline: Pipeline) -> dict[str, Range]:
+    objective, rate = pipeline.align.objective, pipeline.align.optimiser.learning_rate
+    if objective.name == registry.SUPERVISED:
+        return {"optimiser.learning_rate": Range(loguniform=(rate / 4, rate * 4))}
+    own, reads = registry.settings_of(objective.name), registry.OBJECTIVES[objective.name].reads
+    found: dict[str, Range] = {}
+    if "margin_base" in own and objective.margin != "none":
+        found[f"{PREFIX}margin_base"] = Range(uniform=(0.0, 2.0))
+    shown = "candidates" in pipeline.sft.prompt.template  # prompts that show all negatives hold for that many alone
+    if "first" not in reads and not shown and pipeline.negatives.num > 1:
+        numbers = {2**power - 1 for power in range(1, 12) if 2**power - 1 < pipeline.negatives.num}
+        found["num_negatives"] = Range(choice=tuple(sorted(numbers | {pipeline.negatives.num})))
+    for name, (low, high) in registry.search_ranges(objective.name).items():
+        found[f"{PREFIX}{name}"] = Range(uniform=(low, high))
+    return found or {f"{PREFIX}beta": Range(loguniform=(objective.beta / 5, objective.beta * 5))}
+
+
 def override(pipeline: Pipeline, *, file: str | None = None, settings: list[str] | None = None) -> Pipeline:
     """Return `pipeline` with a JSON config file and then `a.b=c` settings laid over it.
 
@@ -936,7 +1073,8 @@ def _objective_in(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _lay_over(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+        # A range is one value: another in its place, not beside it.
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict) and not is_range(value):
             _lay_over(tree[key], value)
         else:
             tree[key] = value

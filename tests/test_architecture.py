@@ -34,6 +34,8 @@ SHARED_BY_STAGES = (
     "item_scores",
     "pools",
     "refreshing",
+    "alone",
+    "searching",
 )
 # The only importers of heavy libraries: patterns of module names.
 IMPORTERS = {

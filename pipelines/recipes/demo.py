@@ -14,6 +14,7 @@ from recray.config import (
     Tune,
     Users,
 )
+from recray.space import Range
 
 
 def demo() -> Pipeline:
@@ -47,5 +48,7 @@ def demo() -> Pipeline:
             validate_every=50,
             validation_rows=256,
         ),
-        tune=Tune(trials=2, num_negatives=(3, 7), steps=20),
+        tune=Tune(
+            space={"margin_base": Range(uniform=(0.0, 2.0)), "num_negatives": Range(choice=(3, 7))}, trials=2, steps=20
+        ),
     )

@@ -128,6 +128,8 @@ class _Run:
             if self.context.rank == 0:
                 self.log.restore([json.loads(line) for line in lines])
                 logger.info("goes on from the checkpoint of step %d", saved.step)
+        elif self.context.rank == 0 and self.log.lines():
+            self.log.restore([])  # of a run that was ended before its first checkpoint
         return CheckpointWriter(store, self.engine.device, saved)
 
     def newest(self) -> Saved | None:

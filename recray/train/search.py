@@ -150,7 +150,9 @@ class Search:
     def done(self, number: int, curve: Sequence[Look], costs: Mapping[str, float]) -> None:
         """Take note that a trial has ended as planned, with all its validations."""
         trial = self.trials[number]
-        trial.curve, trial.costs = [dict(look) for look in curve], dict(costs)
+        trial.costs = dict(costs)
+        for look in curve:
+            trial.look(look)
         self._end(trial, DONE)
 
     def failed(self, number: int, error: str) -> None:

@@ -21,6 +21,7 @@ from recray.config import (
     Users,
 )
 from recray.data.logs import data_print
+from recray.space import Range
 from recray.stages.flow import STAGES
 from recray.workspace import Workspace
 
@@ -52,7 +53,9 @@ def tiny_pipeline() -> Pipeline:
             validate_every=3,
             validation_rows=16,
         ),
-        tune=Tune(trials=2, num_negatives=(1, 3), steps=2),
+        tune=Tune(
+            space={"margin_base": Range(uniform=(0.0, 2.0)), "num_negatives": Range(choice=(1, 3))}, trials=2, steps=2
+        ),
         resources=Resources(num_workers=1, threads_per_worker=1),
     )
 

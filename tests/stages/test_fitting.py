@@ -21,7 +21,6 @@ from recray.stages.feed import unit_dataset
 from recray.stages.fitting import Fitted
 from recray.stages.flow import run_stages
 from recray.stages.recommender import open_from, validation_rows
-from recray.stages.tune import trials_at_once
 from recray.train.units import MicroBatch, Unit, unpack_unit
 from recray.workspace import Workspace
 
@@ -173,25 +172,6 @@ def test_reference_scores_of_another_model_are_refused(aligned: Workspace, tiny_
         file.write_text(kept)
 
 
-def test_a_search_tries_its_points_on_what_is_there_and_writes_the_best(
-    aligned: Workspace, tiny_pipeline: Pipeline, tmp_path: Path
-) -> None:
-    before = aligned.require("reference").finished
-    run_stages(tiny_pipeline, aligned, ("tune",), force=NONE)
-    trials = aligned.json("tune", "trials.json")
-    best = aligned.json("tune", "best.json")
-    assert len(trials) == 2
-    assert all(trial["error"] is None for trial in trials)
-    assert all(trial["num_negatives"] in (1, 3) and 0 <= trial["margin_base"] <= 2 for trial in trials)
-    assert aligned.require("reference").finished == before
-    file = tmp_path / "best.json"
-    file.write_text(json.dumps(best))
-    chosen = override(tiny_pipeline, file=str(file)).align
-    assert chosen.num_negatives == trials[0]["num_negatives"]
-    assert chosen.objective.margin_base == pytest.approx(trials[0]["margin_base"])
-    assert chosen.steps == tiny_pipeline.align.steps
-
-
 def test_a_comparison_that_was_interrupted_goes_on_and_ranks_the_same_rows(
     aligned: Workspace, tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,13 +210,6 @@ def test_a_comparison_that_was_interrupted_goes_on_and_ranks_the_same_rows(
     assert {pair["minus"] for pair in pairs} == {"start"}
     assert "Against the SFT model" in Path(aligned.path("compare", "comparison.html")).read_text()
     assert not [name for name in aligned.names(".training") if name.startswith("compare-")]
-
-
-def test_trials_leave_a_cpu_to_the_data(tiny_pipeline: Pipeline) -> None:
-    resources = tiny_pipeline.resources
-    assert trials_at_once(resources, {"CPU": 2.0}) == 1
-    assert trials_at_once(resources, {"CPU": 9.1}) == 10
-    assert trials_at_once(resources.model_copy(update={"gpus_per_worker": 1.0}), {"CPU": 64.0, "GPU": 3.0}) == 3
 
 
 def test_more_negatives_than_were_drawn_are_refused(aligned: Workspace, tiny_pipeline: Pipeline) -> None:

@@ -127,6 +127,18 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
     assert (progress.step, progress.best_step) == (9, 3)
 
 
+def test_a_run_that_was_ended_before_its_first_checkpoint_begins_its_log_again(tmp_path: Path) -> None:
+    left = MetricsLog(tmp_path / "log")
+    left.write("validation", 0, {"ndcg@10": 0.9})
+    log = MetricsLog(tmp_path / "log")
+    engine = PlainEngine(nn.Linear(2, 2), weight_decay=0.0, clip_norm=1.0)
+    scores, context = iter([0.1, 0.2]), Surroundings(tmp_path / "checkpoint")
+    centre = MarginCentre()
+    fit(engine, context, plan_of(steps=3), partial(descend, centre), lambda: {"ndcg@10": next(scores)}, log, centre)
+    told = [(line["step"], line["ndcg@10"]) for line in log.lines() if line["kind"] == "validation"]
+    assert told == [(0, 0.1), (3, 0.2)]
+
+
 def test_the_clock_ends_a_run_at_a_validation(tmp_path: Path) -> None:
     progress, _, _ = run(tmp_path, [0.1] * 9, plan_of(clock_limit_s=1e-9))
     assert progress.step == 3
