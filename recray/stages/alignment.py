@@ -217,11 +217,12 @@ def meet_the_truth(setting: Alignment) -> tuple[dict[str, Any], list[dict[str, A
     On logs whose truth is known also how often that is right, and how often sharing and margins meet a known false
     negative. Of the negatives that the first step begins with, where they are drawn again later.
     """
-    feed, objective = make_feed(setting, 1), setting.part.objective
+    liked = _liked_unmet(setting.workspace) if setting.workspace.exists("ingest", "truth") else None
+    # What is lent is the same for any number of ranks, and one rank alone may not hold what a large batch shares.
+    feed, objective = make_feed(setting, setting.part.global_batch if liked is None else 1), setting.part.objective
     if not isinstance(feed, AlignFeed):
         return {}, []
     steps = np.unique(np.linspace(0, setting.part.steps - 1, AUDITED_STEPS).astype(int)).tolist()
-    liked = _liked_unmet(setting.workspace) if setting.workspace.exists("ingest", "truth") else None
     facts: dict[str, Any] = {} if liked is None else {"known_truth": known_false_negatives(feed, steps, liked)}
     if not (objective.shares_scores or objective.reuses_items):
         return facts, []
