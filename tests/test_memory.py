@@ -1,5 +1,6 @@
 """What processes hold is added up for those of the run alone."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -80,6 +81,16 @@ def test_the_driver_counts_once_with_what_it_holds_alone() -> None:
     (after,) = RunProcesses(os.getpid(), None, None).held()
     assert 60 * MIB < after - before < 80 * MIB
     del kept
+
+
+def test_shared_pages_do_not_count() -> None:
+    """As those of Ray's object store, which every worker that reads them has."""
+    (before,) = RunProcesses(os.getpid(), None, None).held()
+    with mmap.mmap(-1, 64 * MIB) as shared:
+        for start in range(0, 64 * MIB, mmap.PAGESIZE):
+            shared[start] = 1
+        (after,) = RunProcesses(os.getpid(), None, None).held()
+    assert after - before < 20 * MIB
 
 
 class Counted(RunProcesses):

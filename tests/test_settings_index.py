@@ -1,10 +1,16 @@
 """The index of settings tells what the models say, and docs/settings.md is what it tells now."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from recray.config import Negatives, Pipeline, Sft, setting_names
 from recray.objectives import registry
 from recray.settings_index import Setting, markdown, sections
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,10 @@ def test_a_part_says_which_stages_run_again() -> None:
     assert "Acts in `two`; a change also runs again `three`." in told["evaluate"]
     assert "Acts in every stage that runs." in told["resources"]
     assert "\\|N_i\\|" in page  # a bar would end the cell
+
+
+def test_the_page_is_that_of_the_models() -> None:
+    command = [sys.executable, "-m", "recray", "settings"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert told == page, "docs/settings.md is out of date: run `make settings`"
