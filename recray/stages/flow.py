@@ -199,9 +199,9 @@ def _reason(done: Manifest | None, settings: dict[str, Any], inputs: dict[str, s
 
 def _difference(manifest: Manifest, settings: dict[str, Any], seed: int) -> str:
     old, new = _flat(manifest.part), _flat(settings)
-    pairs = [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
-    ]
+    pairs = [f"{key} was {old[key]!r}, now {new[key]!r}" for key in old if key in new and old[key] != new[key]]
+    pairs += [f"{key} is new, {new[key]!r}" for key in new if key not in old]
+    pairs += [f"{key} is gone, it was {old[key]!r}" for key in old if key not in new]
     if manifest.seed != seed:
         pairs.append(f"seed was {manifest.seed}, now {seed}")
     return "; ".join(pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
