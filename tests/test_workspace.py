@@ -222,6 +222,7 @@ def test_the_reason_for_running_again_is_told(
     assert "evaluate: starts again, changed: align" in caplog.text
     older = workspace.json("align", "manifest.json")
     older["part"] = {key: value for key, value in older["part"].items() if key != "refresh_every"} | {"gone": 3}
+    older["fingerprint"] = "another"
     workspace.write_json(older, "align", "manifest.json")  # as a version wrote it that knew other settings
     with caplog.at_level(logging.INFO, logger="recray"):
         flow(workspace, pipeline=changed("align.steps=7"))
