@@ -1,7 +1,7 @@
 """A fit of one worker in the very process that asks for it: no group of workers, no feed on Ray.
 
 A group costs a fit ten seconds and more: processes start, and each imports what the one before had imported. Who fits
-many times in a row, as a search does, keeps one process and pays once. What is computed is the same to the last bit.
+many times in a row, as a search does, keeps one process and pays once. The loop, its units and its seeds are the same.
 """
 
 import faulthandler
