@@ -34,6 +34,8 @@ LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HANDED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HOME")
 DATA_CPUS = 1  # to feed the trainer: with none left over, workers would wait for their first row for ever
 KNOCK_TIMEOUT_S = 10.0
+# A logger that Ray 2.60 names after its file: a line a report and rank.
+REPORTS = str(Path(ray.__file__).parent / "train" / "v2" / "_internal" / "execution" / "context.py")
 
 
 @contextmanager
@@ -57,9 +59,12 @@ def connect(resources: Resources) -> Iterator[None]:
         os.environ.setdefault(name, value)
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if not terminal:  # a job's log: no colours before the lines of workers, no bars drawn anew
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     _start(cluster, environment)
     try:
-        DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+        DataContext.get_current().enable_progress_bars = terminal
         _check_size(resources, cluster, ray.cluster_resources())
         yield
     finally:
@@ -104,6 +109,7 @@ def log_lines() -> None:
     package.propagate = False
     # Its actor that watches worker groups asks the dashboard, which a local Ray does not have, and complains.
     logging.getLogger("ray.train.v2").setLevel(logging.ERROR)
+    logging.getLogger(REPORTS).setLevel(logging.WARNING)
     if sys.stderr.isatty():
         package.handlers = [RichHandler(show_path=False, log_time_format="%X", rich_tracebacks=False)]
         return
