@@ -24,6 +24,7 @@ bench: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_negatives --out benchmarks/results
 	$(BIN)/python -m benchmarks.bench_audit --out benchmarks/results
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_evaluation --out benchmarks/results
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_guard --out benchmarks/results
 
 check: $(STAMP)
 	$(BIN)/ruff check
