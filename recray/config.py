@@ -180,9 +180,9 @@ class Audit(Part):
 
 
 class Users(Chosen):
-    """SASRec, the light auxiliary recommender."""
+    """SASRec, the light auxiliary recommender; see docs/confidence.md."""
 
-    younger: ClassVar[tuple[str, ...]] = ("shuffled",)
+    younger: ClassVar[tuple[str, ...]] = ("folds", "shuffled")
 
     dim: Count = Field(64, description="Of vectors.")
     layers: Count = Field(2, description="Of self-attention.")
@@ -203,11 +203,14 @@ class Users(Chosen):
     )
     passes: Passes = Field(30, description="Most, over all histories.")
     patience: Passes = Field(3, description="Without a better validation NDCG@10, after which it stops.")
-    global_batch: Annotated[Count, Unit("histories")] = Field(128, description="Histories a step.")
+    global_batch: Annotated[Count, Unit("windows")] = Field(128, description="Windows of histories a step.")
     learning_rate: Positive = Field(1e-3, description="Of AdamW, the same in every step.")
     weight_decay: NonNegative = Field(0.0, description="AdamW's.")
     shuffled: Share = Field(
         0.0, description="Share of histories cut into windows in a random order, others in every pass."
+    )
+    folds: Literal[1, 2] = Field(
+        1, description="2: a user's negatives are judged by a model that was fitted on the other half of the users."
     )
 
     @property

@@ -15,6 +15,8 @@ seeded shuffle, so the number carries nothing of the order in which a catalogue 
     audit/rules               one a rule without learning
     users/items               one an item: its SASRec vector
     users/train|validation|test   one a row of the split of that name: the user's vector after `history`
+    users/crossfit_items      one a fold and item, with users.folds=2: its vector by the model fitted without that fold
+    users/crossfit_train      one a row of sequences/train, with users.folds=2: the vector by the model without its user
     negatives/train           one a row of sequences/train
     negatives/pools           one a row of sequences/train, for samplers that draw from a model's top list
     reference/train           one a row of sequences/train
@@ -78,6 +80,8 @@ EVALUATION = pa.schema(
 
 ITEM_VECTORS = pa.schema([("item", ITEM), ("vector", VECTOR)])
 ROW_VECTORS = pa.schema([("row", pa.int64()), ("vector", VECTOR)])
+CROSSFIT_ITEMS = pa.schema([("fold", pa.int32()), ("item", ITEM), ("vector", VECTOR)])
+CROSSFIT_ROWS = pa.schema([("row", pa.int64()), ("fold", pa.int32()), ("vector", VECTOR)])
 NEGATIVES = pa.schema([("row", pa.int64()), ("negatives", ITEMS)])  # prefix-nested: the first N of any larger draw
 # How many of a row's negatives are its sampler's own, where one has a fallback for the others.
 COUNTED_NEGATIVES = NEGATIVES.append(pa.field("own", pa.int32()))

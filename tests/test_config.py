@@ -22,8 +22,8 @@ def test_settings_of_other_samplers_are_not_written_down() -> None:
     assert {"sampler", "hardest", "uniform_share"} <= set(
         Users(loss="sampled_softmax", sampler="adaptive_mixed").model_dump()
     )
-    assert "shuffled" not in Users().model_dump()  # as it was without it
-    assert Users(shuffled=0.5).model_dump()["shuffled"] == 0.5
+    assert not {"folds", "shuffled"} & set(Users().model_dump())  # as it was without them
+    assert Users(folds=2, shuffled=0.5).model_dump().items() > {"folds": 2, "shuffled": 0.5}.items()
     switched = override(PIPELINE, settings=["negatives.sampler=in_batch", "negatives.batch_rows=64"])
     assert validated(switched.model_dump(mode="json")) == switched
 
@@ -161,7 +161,7 @@ def test_every_setting_that_is_named_can_be_set() -> None:
     for sampler in Negatives.samplers():
         found |= set(paths_of({"negatives": Negatives(sampler=sampler).model_dump(mode="json")}))
         if sampler in get_args(Users.model_fields["sampler"].annotation):
-            users = Users(loss="sampled_softmax", sampler=sampler, shuffled=0.5)
+            users = Users(loss="sampled_softmax", sampler=sampler, folds=2, shuffled=0.5)
             found |= set(paths_of({"users": users.model_dump(mode="json")}))
     assert set(setting_names()) <= found
     assert validated(json.loads(PIPELINE.model_dump_json())) == PIPELINE

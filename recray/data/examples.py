@@ -35,6 +35,9 @@ class Examples(NamedTuple):
     reference: Float[ndarray, "R K"]  # nats
     vector: Float[ndarray, "R D"]
     met: list[Int[ndarray, " M"]]  # sorted: what the row's user met in training
+    # Where confidences are cross-fitted: the fold of the row's user, and its vector by the model fitted without it.
+    fold: Int[ndarray, " R"] | None = None
+    judge_vector: Float[ndarray, "R D"] | None = None
 
 
 def join_examples(
@@ -43,6 +46,7 @@ def join_examples(
     reference: pa.Table | None,
     vectors: pa.Table,
     met: Mapping[str, ndarray],
+    crossfit: pa.Table | None = None,
 ) -> pa.Table:
     """Return one table of examples with all that is known of each, joined by row and, for scores, by item.
 
@@ -53,6 +57,7 @@ def join_examples(
             scores are made in training, and stand as NaN until then.
         vectors: recray.schema.ROW_VECTORS.
         met: For each user id, the sorted items met in training.
+        crossfit: recray.schema.CROSSFIT_ROWS, where users.folds is 2.
 
     Raises:
         DataError: if a row lacks its negatives, vector or a reference score, or has its positive among the negatives,
@@ -72,6 +77,7 @@ def join_examples(
     user_ids = examples["user_id"].combine_chunks().dictionary_encode()
     known = [met[user] for user in user_ids.dictionary.to_pylist()]
     codes = user_ids.indices.to_numpy().astype(np.int64)
+    judged = {} if crossfit is None else _judged(aligned(rows, crossfit, "cross-fitted user vectors"))
     return pa.table(
         {
             "row": rows,
@@ -81,6 +87,7 @@ def join_examples(
             "reference": _fixed(scores),
             "vector": _fixed(vector.astype(np.float32)),
             "met": _ragged([known[code] for code in codes]),
+            **judged,
         }
     )
 
@@ -109,6 +116,7 @@ class ExampleShards:
             pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in sorted(folder.glob("*.arrow"))
         ]
         self.num_rows = sum(shard.num_rows for shard in self._shards)
+        self.crossfitted = bool(self._shards) and "fold" in self._shards[0].column_names
 
     def take(self, rows: Int[ndarray, " R"]) -> Examples:
         """Return these rows, in this order; a row may be asked for twice."""
@@ -128,6 +136,8 @@ class ExampleShards:
             reference=matrix(table["reference"]),
             vector=matrix(table["vector"]),
             met=list_arrays(table["met"]),
+            fold=table["fold"].to_numpy().copy() if "fold" in table.column_names else None,
+            judge_vector=matrix(table["judge_vector"]) if "judge_vector" in table.column_names else None,
         )
 
 
@@ -167,6 +177,12 @@ def aligned(rows: Int[ndarray, " R"], table: pa.Table, what: str) -> pa.Table:
             f"{what}: row {rows[missing][0]} is missing ({missing.sum()} of {rows.size} rows are); run that stage again"
         )
     return table.take(pa.array(order[place])).combine_chunks()
+
+
+def _judged(crossfit: pa.Table) -> dict[str, ndarray | pa.Array]:
+    """Return the columns that only cross-fitted confidences need."""
+    vector = matrix(crossfit["vector"]).astype(np.float32)
+    return {"fold": crossfit["fold"].to_numpy(), "judge_vector": _fixed(vector)}
 
 
 def _refuse_own_positive(rows: Int[ndarray, " R"], items: Int[ndarray, "R K"]) -> None:

@@ -25,6 +25,7 @@ from recray.errors import ConfigError
 from recray.lm.lora import add_adapter
 from recray.lm.scorer import ItemScorer
 from recray.ranking.baselines import item_popularity
+from recray.stages.embedding import vectors_of_folds
 from recray.stages.feed import Feed
 from recray.stages.fitting import Fit, Fitted, checkpoints, run_fit
 from recray.stages.recommender import (
@@ -85,7 +86,8 @@ def write_examples(workspace: Workspace, name: str, drawn: Drawn | None = None) 
         drawn = Drawn(workspace.table("negatives", "train"), workspace.table("reference", "train") if scored else None)
     train = workspace.table("sequences", "train")
     met = met_in_training(workspace.table("sequences", "histories"), train)
-    table = join_examples(train, drawn.negatives, drawn.reference, workspace.table("users", "train"), met)
+    crossfit = workspace.table("users", "crossfit_train") if workspace.exists("users", "crossfit_train") else None
+    table = join_examples(train, drawn.negatives, drawn.reference, workspace.table("users", "train"), met, crossfit)
     with TemporaryDirectory(prefix="recray-examples-") as folder:
         write_shards(Path(folder), table)
         workspace.put_folder(Path(folder), ".training", name)
@@ -208,7 +210,15 @@ def make_feed(setting: Alignment, world_size: int) -> Feed:
         Share(world_size, part.tokens_per_micro_batch, part.micro_batches),
         part.objective,
         num_negatives=setting.num_negatives,
+        judges=_judges(workspace),
     )
+
+
+def _judges(workspace: Workspace) -> list[torch.Tensor]:
+    """Return the item vectors of the model that judges each fold of users; none where one model judges all."""
+    if not workspace.exists("users", "crossfit_items"):
+        return []
+    return [torch.from_numpy(vectors) for vectors in vectors_of_folds(workspace.table("users", "crossfit_items"))]
 
 
 def meet_the_truth(setting: Alignment) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -114,6 +114,7 @@ class AlignFeed:
 
     Raises:
         ConfigError: if a rank's part in who may borrow what would take more than `MOST_BORROWED` bytes.
+        ValueError: if examples are cross-fitted and there are no judges, or the other way round.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class AlignFeed:
         objective: Objective,
         *,
         num_negatives: int,
+        judges: Sequence[Float[Tensor, "I D"]] = (),
         sample_items: int = 512,
     ) -> None:
         if objective.shares_scores:
@@ -136,7 +138,12 @@ class AlignFeed:
         self._item_vectors = item_vectors
         rng = np.random.default_rng(order.seed)
         sample = rng.choice(len(item_vectors), min(sample_items, len(item_vectors)), replace=False)
+        if shards.crossfitted != bool(judges):
+            raise ValueError(f"examples are cross-fitted: {shards.crossfitted}; item vectors of {len(judges)} folds")
         self._sample_vectors = item_vectors[torch.from_numpy(sample)]
+        # For each fold of users; without folds, one for all.
+        self._judges = [(vectors, vectors[torch.from_numpy(sample)]) for vectors in judges]
+        self._judges = self._judges or [(item_vectors, self._sample_vectors)]
 
     def unit(self, step: int, rank: int) -> Unit:
         """Return the unit of one rank in one step."""
@@ -284,8 +291,13 @@ class AlignFeed:
 
     def _sure(self, examples: Examples, mine: Int[ndarray, " B"], items: Int[ndarray, " I"]) -> Float[ndarray, "B I"]:
         """Return how sure the auxiliary model is that each item is a true negative for each of these users."""
-        vectors = torch.from_numpy(examples.vector[mine])
-        found: ndarray = confidence(vectors, self._vectors_of(items), self._sample_vectors).numpy()
+        places = torch.from_numpy(items.astype(np.int64))
+        users = examples.vector if examples.judge_vector is None else examples.judge_vector
+        folds = np.zeros(mine.size, dtype=np.int32) if examples.fold is None else examples.fold[mine]
+        found = np.empty((mine.size, items.size), dtype=np.float32)
+        for fold, (vectors, sample) in enumerate(self._judges):
+            own = folds == fold
+            found[own] = confidence(torch.from_numpy(users[mine[own]]), vectors[places], sample).numpy()
         return found
 
     def _vectors_of(self, items: Int[ndarray, " I"]) -> Float[Tensor, "I D"]:

@@ -33,10 +33,19 @@ def tables() -> dict[str, pa.Table]:
     }
 
 
+def crossfitted(found: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """The same with vectors of two folds: that of row r is (fold, r / 2)."""
+    folds = [row // 2 % 2 for row in range(ROWS)]
+    vectors = [[fold, row / 2] for row, fold in enumerate(folds)]
+    return {**found, "crossfit": pa.table([list(range(ROWS)), folds, vectors], schema=schema.CROSSFIT_ROWS)}
+
+
 def joined(found: dict[str, pa.Table]) -> pa.Table:
     histories = pa.table([[0, 1], ["u0", "u3"], [[5, 3], [90]]], schema=schema.HISTORIES)
     met = met_in_training(histories, found["examples"])
-    return join_examples(found["examples"], found["negatives"], found["reference"], found["vectors"], met)
+    return join_examples(
+        found["examples"], found["negatives"], found["reference"], found["vectors"], met, found.get("crossfit")
+    )
 
 
 def test_scores_are_found_by_row_and_item_in_any_file_and_order() -> None:
@@ -99,9 +108,27 @@ def test_tables_in_any_order_and_scores_in_any_order_join_to_the_same(tmp_path: 
     assert taken.user[0] == taken.user[3] != taken.user[1]
 
 
-@pytest.mark.parametrize("name", ["negatives", "reference", "vectors"])
+def test_cross_fitted_vectors_stand_beside_the_others_where_there_are_any(tmp_path: Path) -> None:
+    found = crossfitted(tables())
+    shuffled = {**found, "crossfit": found["crossfit"].take(pa.array([4, 6, 0, 1, 5, 3, 2]))}
+    assert joined(shuffled).equals(joined(found))
+    assert joined(found).drop_columns(["fold", "judge_vector"]).equals(joined(tables()))
+    for number, table in enumerate((joined(found), joined(tables()))):
+        write_shards(tmp_path / str(number), table, shard_rows=3)
+    with_folds, without = (ExampleShards(tmp_path / str(number), shard_rows=3) for number in range(2))
+    assert (with_folds.crossfitted, without.crossfitted) == (True, False)
+    taken, plain = (shards.take(np.array([6, 0, 3, 6])) for shards in (with_folds, without))
+    assert taken.fold is not None
+    assert taken.judge_vector is not None
+    assert taken.fold.tolist() == [1, 0, 1, 1]
+    assert taken.judge_vector.tolist() == [[1, 3], [0, 0], [1, 1.5], [1, 3]]
+    assert taken.vector.tolist() == plain.vector.tolist() == [[6, -6], [0, 0], [3, -3], [6, -6]]
+    assert plain.fold is plain.judge_vector is None
+
+
+@pytest.mark.parametrize("name", ["negatives", "reference", "vectors", "crossfit"])
 def test_a_missing_row_is_named(name: str) -> None:
-    found = tables()
+    found = crossfitted(tables())
     found[name] = found[name].filter(pa.array([row != 4 for row in range(ROWS)]))
     with pytest.raises(DataError, match="row 4 is missing"):
         joined(found)

@@ -15,6 +15,8 @@ from recray.negatives.registry import SAMPLERS
 from recray.schema import (
     CATALOGUE,
     COUNTED_NEGATIVES,
+    CROSSFIT_ITEMS,
+    CROSSFIT_ROWS,
     EVALUATION,
     EXAMPLES,
     HISTORIES,
@@ -24,9 +26,12 @@ from recray.schema import (
 )
 from recray.stages import negatives as negatives_stage
 from recray.stages import users as users_stage
+from recray.stages.embedding import vectors_of_folds
 from recray.stages.flow import Job
+from recray.users.crossfit import folds_of
+from recray.users.fit import Validation, fit
 from recray.users.ragged import from_arrow
-from recray.users.sasrec import item_vectors, load, user_vectors
+from recray.users.sasrec import SASRec, item_vectors, load, user_vectors
 from recray.workspace import Manifest, Workspace
 
 NUM_ITEMS, NUM_USERS = 60, 40
@@ -211,8 +216,9 @@ def test_negatives_that_can_not_be_drawn_are_refused_and_leave_nothing(small: Wo
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_users_are_the_models_own_vectors(small: Workspace) -> None:
-    manifest = _run(users_stage.run, small, "users", SETTINGS)
+@pytest.mark.parametrize("folds", [1, 2])
+def test_users_are_the_models_own_vectors(small: Workspace, folds: int) -> None:
+    manifest = _run(users_stage.run, small, "users", SETTINGS.model_copy(update={"folds": folds}))
     model = load(small.folder("users", "model"))
     items = small.table("users", "items")
     assert items.schema.remove_metadata() == ITEM_VECTORS
@@ -232,6 +238,45 @@ def test_users_are_the_models_own_vectors(small: Workspace) -> None:
     assert manifest.facts["passes"] == 3
     assert not small.exists(".training", "users-print")
     assert not small.exists("users", "model", "curve.json")
+    crossfit = ["crossfit_items", "crossfit_train", "curve_without_fold_0.json", "curve_without_fold_1.json"]
+    assert [small.exists("users", name) for name in crossfit] == [folds == 2] * 4
+    truth = manifest.facts["known_truth"]
+    assert set(truth) == {"separation", "separation_crossfit"} if folds == 2 else {"separation"}
+    assert all(0 <= value <= 1 for value in truth.values())
+    if folds == 2:
+        _check_folds(small)
+
+
+def _check_folds(workspace: Workspace) -> None:
+    """Each row's vector is by the model that was fitted on the users of the other fold, and on those alone."""
+    items = workspace.table("users", "crossfit_items")
+    assert items.schema.remove_metadata() == CROSSFIT_ITEMS
+    table, rows = (
+        workspace.table(*place).sort_by("row") for place in (("users", "crossfit_train"), ("sequences", "train"))
+    )
+    assert table.schema.remove_metadata() == CROSSFIT_ROWS
+    assert table["row"].to_pylist() == rows["row"].to_pylist()
+    folds = folds_of(rows["user_id"], seed=3)
+    assert table["fold"].to_pylist() == folds.tolist()
+    found = np.array(table["vector"].to_pylist(), dtype=np.float32)
+    histories = workspace.table("sequences", "histories").sort_by("row")
+    validation = workspace.table("sequences", "validation").sort_by("row")
+    for fold, vectors in enumerate(vectors_of_folds(items)):
+        model = load(workspace.folder("users", f"model_without_fold_{fold}"))
+        np.testing.assert_array_equal(vectors, item_vectors(model))
+        wanted = user_vectors(model, from_arrow(rows["history"]))
+        np.testing.assert_allclose(found[folds == fold], wanted[folds == fold], atol=1e-5)
+        # The same model again, from tables in which the fold's users do not exist.
+        others, asked = (
+            each.filter(pa.array(folds_of(each["user_id"], seed=3) != fold)) for each in (histories, validation)
+        )
+        again = SASRec(model.shape, seed=3)
+        left = Validation(
+            from_arrow(asked["history"]), from_arrow(asked["candidates"]), np.array(asked["target"], dtype=np.int32)
+        )
+        settings = SETTINGS.model_copy(update={"passes": 6, "patience": 6})  # half the users a pass: as many steps
+        fit(again, from_arrow(others["items"]), left, settings, seed=3, report=lambda _: None)
+        np.testing.assert_allclose(item_vectors(again), vectors, atol=1e-4)
 
 
 def _sets(lists: Any) -> list[set[int]]:

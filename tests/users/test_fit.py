@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone() -> None:
     assert not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("sampler", ["", "popularity", "popularity shuffled"])
+@pytest.mark.parametrize("sampler", ["", "popularity", " unseen"])
 def test_two_ranks_are_one(tmp_path: Path, sampler: str) -> None:
     worker = str(Path(__file__).parent / "fit_worker.py")
     running = []
