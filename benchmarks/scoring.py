@@ -79,10 +79,16 @@ def methods(model: nn.Module, device: str) -> list[Method]:
 
 def _padded(segments: Segments, device: str) -> tuple[Tensor, Tensor]:
     """Return tokens [rows, width] and labels, 0 where a token is not the item's, for a batch of whole sequences."""
-    layout = separate_layout(segments)
-    labels = np.zeros(layout.tokens.size, dtype=np.int64)
-    labels[layout.source + 1] = layout.label
-    return torch.from_numpy(layout.tokens).to(device), torch.from_numpy(labels.reshape(layout.tokens.shape)).to(device)
+    prompts = np.split(segments.prompt_tokens, np.cumsum(segments.prompt_lengths)[:-1])
+    items = np.split(segments.candidate_tokens, np.cumsum(segments.candidate_lengths)[:-1])
+    owner = np.repeat(np.arange(len(prompts)), segments.candidates_each)
+    width = max(prompts[user].size + item.size for user, item in zip(owner, items, strict=True))
+    tokens, labels = np.zeros((2, len(items), width), dtype=np.int64)
+    for row, (user, item) in enumerate(zip(owner, items, strict=True)):
+        start = prompts[user].size
+        tokens[row, :start], tokens[row, start : start + item.size] = prompts[user], item
+        labels[row, start : start + item.size] = item
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)
 
 
 def _full_logits(model: Any, tokens: Tensor, labels: Tensor) -> Float[Tensor, " rows"]:
@@ -142,8 +148,11 @@ def gradient(model: nn.Module) -> Tensor:
 
 
 def tokens_passed(segments: Segments) -> dict[str, int]:
-    """Return the tokens that pass through the layers when prompts are read once, and once a candidate."""
-    items = int(segments.candidate_lengths.sum())
+    """Return the tokens that pass through the layers when prompts are read once, and once a candidate.
+
+    An item's last token is read by neither.
+    """
+    items = int((segments.candidate_lengths - 1).sum())
     return {
         "shared": int(segments.prompt_lengths.sum()) + items,
         "separate": int((segments.prompt_lengths * segments.candidates_each).sum()) + items,
