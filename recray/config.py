@@ -59,6 +59,18 @@ class Part(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    # Not written down at their default: what was made before there were such settings stays up to date.
+    younger: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def left_out(self) -> set[str]:
+        """Settings that are not written down."""
+        fields = type(self).model_fields
+        return {name for name in self.younger if getattr(self, name) == fields[name].default}
+
+    @model_serializer(mode="wrap")
+    def _written_down(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key not in self.left_out}
 
 
 class Chosen(Part):
@@ -66,8 +78,6 @@ class Chosen(Part):
 
     # Idle ones that are written down all the same: what was made before they could be idle stays up to date.
     written: ClassVar[tuple[str, ...]] = ()
-    # Not written down at their default: what was made before there were such settings stays up to date.
-    younger: ClassVar[tuple[str, ...]] = ()
 
     @property
     def choice(self) -> str:
@@ -92,12 +102,10 @@ class Chosen(Part):
             raise _refused("\n".join(wrong))
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_idle_ones(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        left_out = {name for name in self.younger if getattr(self, name) == fields[name].default}
-        left_out |= set(self.idle) - set(self.written)
-        return {key: value for key, value in dump(self).items() if key not in left_out}
+    @property
+    def left_out(self) -> set[str]:
+        """Settings that are not written down: young ones at their default, and idle ones."""
+        return super().left_out | (set(self.idle) - set(self.written))
 
 
 def _refused(wrong: str) -> PydanticCustomError:
@@ -298,6 +306,8 @@ class Optimiser(Part):
 
 class Sft(Part):
     """The language model learns the catalogue and the histories."""
+
+    younger: ClassVar[tuple[str, ...]] = ("replaced",)
 
     model: LanguageModel = LanguageModel()
     lora: Lora | None = Field(None, description="None: all weights are trained.")
@@ -597,6 +607,8 @@ else:
 
 class Align(Part):
     """Preference optimisation from the SFT model."""
+
+    younger: ClassVar[tuple[str, ...]] = ("refresh_every",)
 
     objective: Objective = Objective()
     lora: Lora | None = Field(None, description="A fresh adapter on sft/model. None: all weights are trained.")
@@ -1064,8 +1076,17 @@ def _lay_all_over(tree: dict[str, Any], changes: list[dict[str, Any]]) -> None:
         both = set(registry.settings_of(new[-1], old)) & set(registry.settings_of(old["name"], old))
         asked = {key: old[key] for key in both & set(old) if old[key] != _default(old["name"], key)}
         tree["align"]["objective"] = asked
+        _search_what_it_has(tree, new[-1])
     for change in changes:
         _lay_over(tree, change)
+
+
+def _search_what_it_has(tree: dict[str, Any], objective: str) -> None:
+    """Take out of a recipe's search what another objective does not have; with nothing left it has its own search."""
+    space = (tree.get("tune") or {}).get("space")
+    if space and f"{PREFIX}name" not in space:
+        own = _settings_below_align(objective)
+        tree["tune"]["space"] = {name: found for name, found in space.items() if name in own} or None
 
 
 def _objective_in(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -152,7 +152,8 @@ def borrowing(name: str) -> dict[str, str]:
 
 
 def test_every_setting_that_is_named_can_be_set() -> None:
-    with_adapters = override(PIPELINE, settings=["sft.lora.rank=16", "align.lora.rank=16"])
+    young = ["sft.replaced=0.1", "align.refresh_every=50", "negatives.sampler=self_play"]
+    with_adapters = override(PIPELINE, settings=["sft.lora.rank=16", "align.lora.rank=16", *young])
     found = set(paths_of(with_adapters.model_dump(mode="json")))
     on = {"nll_weight": 0.5, "length_normalised": True}
     for name in registry.names():  # of an objective's settings, those it reads are written down

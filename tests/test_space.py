@@ -99,6 +99,16 @@ def test_what_cannot_be_searched_is_refused_with_the_nearest_name(setting: str, 
         override(PIPELINE, settings=["tune.space={}", f"tune.space.{setting}"])
 
 
+def test_under_another_objective_a_search_keeps_what_that_one_has() -> None:
+    first = override(PIPELINE, settings=['tune.space={"margin_base": {"uniform": [0, 1]}, "beta": {"choice": [1, 2]}}'])
+    assert override(first, settings=["align.objective.name=dpo"]).tune.space == {"objective.beta": Range(choice=(1, 2))}
+    only = override(PIPELINE, settings=['tune.space={"margin_base": {"uniform": [0, 1]}}'])
+    assert override(only, settings=["align.objective.name=dpo"]).tune.space is None  # its own, by the registry
+    asked = ["align.objective.name=dpo", 'tune.space.margin_base={"uniform": [0, 2]}']
+    with pytest.raises(ConfigError, match="margin_base: not a setting that can be searched here"):
+        override(first, settings=asked)
+
+
 def test_rungs_lie_where_runs_are_validated() -> None:
     with pytest.raises(ConfigError, match="first_rung is 25, but must be a multiple of tune.validate_every, 20"):
         override(PIPELINE, settings=["tune.stop_early=true", "tune.first_rung=25"])

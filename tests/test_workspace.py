@@ -221,12 +221,12 @@ def test_the_reason_for_running_again_is_told(
     assert f"steps was {PIPELINE.align.steps}, now 7" in caplog.text
     assert "evaluate: starts again, changed: align" in caplog.text
     older = workspace.json("align", "manifest.json")
-    older["part"] = {key: value for key, value in older["part"].items() if key != "refresh_every"} | {"gone": 3}
+    older["part"] = {key: value for key, value in older["part"].items() if key != "window_rows"} | {"gone": 3}
     older["fingerprint"] = "another"
     workspace.write_json(older, "align", "manifest.json")  # as a version wrote it that knew other settings
     with caplog.at_level(logging.INFO, logger="recray"):
         flow(workspace, pipeline=changed("align.steps=7"))
-    assert "refresh_every is new, None; gone is gone, it was 3" in caplog.text
+    assert "window_rows is new, 65536; gone is gone, it was 3" in caplog.text
 
 
 def test_one_stage_alone_refuses_missing_and_stale_inputs(workspace: Workspace, flow: Flow) -> None:
