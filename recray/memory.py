@@ -85,7 +85,8 @@ class MemoryWatch:
         self._processes, self._every_s, self._told = processes, every_s, told
         self._together = self._largest = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="memory-watch", daemon=True)
+        self._look()  # at once: what is watched may be over before a thread has begun
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
         self._thread.start()
 
     def peak(self) -> Peak:
@@ -97,17 +98,18 @@ class MemoryWatch:
         self._ended.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         ended = False
-        while True:
-            held = self._processes.held()
-            self._together = max(self._together, sum(held))
-            self._largest = max(self._largest, 0, *held)
-            if self._told is not None:
-                self._told(self.peak())
-            if ended:
-                return
+        while not ended:
             ended = self._ended.wait(self._every_s)
+            self._look()
+
+    def _look(self) -> None:
+        held = self._processes.held()
+        self._together = max(self._together, sum(held))
+        self._largest = max(self._largest, 0, *held)
+        if self._told is not None:
+            self._told(self.peak())
 
 
 def _numbers() -> Iterator[int]:
