@@ -45,7 +45,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0), Unit("share")]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0), Unit("share")]
-Dropout = Annotated[float, Field(ge=0.0, lt=1.0), Unit("share")]
+ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0), Unit("share")]
 Seconds = Annotated[Positive, Unit("s")]
 Rows = Annotated[Count, Unit("rows")]
 Items = Annotated[Count, Unit("items")]
@@ -196,7 +196,7 @@ class Users(Chosen):
     layers: Count = Field(2, description="Of self-attention.")
     heads: Count = Field(2, description="Of attention.")
     max_history: Items = Field(50, description="The latest items of a history that are read.")
-    dropout: Dropout = Field(0.2, description="Of embeddings, attention and feed-forward parts.")
+    dropout: ShareBelowOne = Field(0.2, description="Of embeddings, attention and feed-forward parts.")
     loss: Literal["full_softmax", "sampled_softmax"] = Field(
         "full_softmax", description="What the next item is told from: all items, or sampled negatives."
     )
@@ -278,7 +278,7 @@ class Lora(Part):
 
     rank: Count = Field(16, description="Of each adapter matrix.")
     alpha: Positive = Field(32.0, description="The adapter's output is scaled by alpha / rank.")
-    dropout: Dropout = Field(0.0, description="Of the adapter's input.")
+    dropout: ShareBelowOne = Field(0.0, description="Of the adapter's input.")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear", description="All linear layers but the head, or a list of their names."
     )
@@ -289,7 +289,7 @@ class Optimiser(Part):
 
     learning_rate: Positive = Field(description="At the peak, after warm-up.")
     weight_decay: NonNegative = Field(0.01, description="AdamW's, on matrices.")
-    warmup_fraction: Dropout = Field(0.05, description="Of all steps: the rate rises to its peak.")
+    warmup_fraction: ShareBelowOne = Field(0.05, description="Of all steps: the rate rises to its peak.")
     final_fraction: Share = Field(0.1, description="Of the peak, at the last step.")
     clip_norm: Positive = Field(1.0, description="Longest gradient, over all weights; a longer one is shortened.")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO.")

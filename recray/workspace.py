@@ -101,7 +101,7 @@ class Workspace:
 
     def write_json(self, value: Any, *parts: str) -> None:
         """Write a JSON file, making its folder."""
-        self.write_bytes(json.dumps(value, indent=1, sort_keys=True).encode(), *parts)
+        self.write_bytes(_as_json(value), *parts)
 
     def write_bytes(self, value: bytes, *parts: str) -> None:
         """Write a file, making its folder."""
@@ -112,10 +112,18 @@ class Workspace:
 
     def put_table(self, table: pa.Table, *parts: str) -> None:
         """Write a Parquet file, whole or not at all, making its folder."""
-        *folder, name = parts
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        self.write_bytes(sink.getvalue().to_pybytes(), *folder, f".partial-{name}")
+        self.put_bytes(sink.getvalue().to_pybytes(), *parts)
+
+    def put_json(self, value: Any, *parts: str) -> None:
+        """Write a JSON file, whole or not at all, making its folder."""
+        self.put_bytes(_as_json(value), *parts)
+
+    def put_bytes(self, value: bytes, *parts: str) -> None:
+        """Write a file, whole or not at all, making its folder."""
+        *folder, name = parts
+        self.write_bytes(value, *folder, f".partial-{name}")
         self.fs.move(self.path(*folder, f".partial-{name}"), self.path(*parts))
 
     def folder(self, *parts: str) -> Path:
@@ -139,6 +147,12 @@ class Workspace:
             self.fs.delete_file(self.path(*parts))
         elif info.type == pafs.FileType.Directory:
             self.fs.delete_dir(self.path(*parts))
+
+    def remove_all(self, prefix: str, *folder: str) -> None:
+        """Remove what in a folder has a name that begins so."""
+        for name in self.names(*folder):
+            if name.startswith(prefix):
+                self.remove(*folder, name)
 
     def require(self, stage: str) -> Manifest:
         """Return the manifest of a finished stage, or raise `WorkspaceError` saying how to make it."""
@@ -253,6 +267,10 @@ class StageOutput:
         """Copy a local folder, a model say, into the stage."""
         self.fs.create_dir(self.path(name), recursive=True)
         pafs.copy_files(str(local), self.path(name), destination_filesystem=self.fs)
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
 def fingerprint(stage: str, version: int, part: Mapping[str, Any], seed: int, inputs: Mapping[str, str]) -> str:

@@ -187,9 +187,7 @@ def _whole(workspace: Workspace, name: str) -> bool:
 
 def remove_parts(workspace: Workspace, run: str) -> None:
     """Remove what a run in parts kept for going on: for whoever has written its result."""
-    for name in workspace.names(".training"):
-        if name.startswith(f"{run}-part-"):
-            workspace.remove(".training", name)
+    workspace.remove_all(f"{run}-part-", ".training")
 
 
 def make_feed(setting: Alignment, world_size: int) -> Feed:

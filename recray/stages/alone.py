@@ -6,7 +6,6 @@ many times in a row, as a search does, keeps one process and pays once. The loop
 
 import faulthandler
 import gc
-import logging
 import os
 import shutil
 import tempfile
@@ -23,16 +22,12 @@ from pyarrow import fs as pafs
 
 from recray.config import Resources
 from recray.stages.feed import MakeFeed
-from recray.stages.fitting import ARM_EVERY_S, PROGRESS_EVERY_S, Fit, Fitted, checkpoints, log_folder
+from recray.stages.fitting import Fit, Fitted, ProcessContext, checkpoints, log_folder
 from recray.stages.group import backend
-from recray.stages.notice import Listener
 from recray.train.checkpoint import CheckpointStore
-from recray.train.context import Notice
 from recray.train.log import MetricsLog
 from recray.train.units import Unit
 from recray.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 UNITS_AHEAD = 2
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # DeepSpeed reads it here
@@ -42,7 +37,7 @@ FRESH_SEED = 67280421310721  # of torch in a process that has seeded nothing
 Report = Callable[[Mapping[str, float]], None]
 
 
-class AloneContext:
+class AloneContext(ProcessContext):
     """The only rank there is, as the loop sees it.
 
     Args:
@@ -56,13 +51,9 @@ class AloneContext:
     def __init__(
         self, fit: Fit, store: CheckpointStore, resources: Resources, report: Report, board: Any = None
     ) -> None:
-        self._name, self._steps, self._make_feed = fit.name, fit.steps, fit.make_feed
-        self._store, self._resources, self._report = store, resources, report
-        self._listener = Listener(board)
-        self._shown = time.monotonic()
-        self._armed = float("-inf")
+        super().__init__(fit.name, store, resources, board)
+        self._steps, self._make_feed, self._report = fit.steps, fit.make_feed, report
         self._began: float | None = None
-        self._arm()
 
     @property
     def seconds(self) -> float:
@@ -70,20 +61,10 @@ class AloneContext:
         return 0.0 if self._began is None else time.monotonic() - self._began
 
     @property
-    def rank(self) -> int:
-        """Number 0."""
-        return 0
-
-    @property
     def store(self) -> CheckpointStore:
         """Where the run's checkpoints are; the first thing a loop asks for."""
         self._began = self._began or time.monotonic()
         return self._store
-
-    @property
-    def checkpoint_every_s(self) -> float:
-        """Seconds after which a checkpoint is due."""
-        return self._resources.checkpoint_every_s
 
     def units(self, first_step: int) -> Iterator[Unit]:
         """Yield the units from `first_step` on, made a little ahead."""
@@ -92,23 +73,6 @@ class AloneContext:
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand on metrics, and how long it took so far."""
         self._report({**metrics, FIT_SECONDS: self.seconds})
-
-    def progress(self, step: int, steps: int, text: str) -> None:
-        """Put off the end of a hung process, and log where the run is, every few seconds."""
-        self._arm()
-        if time.monotonic() - self._shown > PROGRESS_EVERY_S:
-            self._shown = time.monotonic()
-            logger.info("%s: step %d of at most %d (%.0f %%), %s", self._name, step, steps, 100 * step / steps, text)
-
-    def notice(self) -> Notice:
-        """Return what the driver has said."""
-        return self._listener.notice()
-
-    def _arm(self) -> None:
-        """End this process, with the traceback of every thread in its log, unless it is heard of again in time."""
-        if time.monotonic() - self._armed > ARM_EVERY_S:
-            self._armed = time.monotonic()
-            faulthandler.dump_traceback_later(self._resources.hang_after_s, exit=True, file=2)
 
 
 def units_ahead(make_feed: MakeFeed, first_step: int, steps: int) -> Iterator[Unit]:

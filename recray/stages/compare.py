@@ -95,9 +95,7 @@ def run(job: Job) -> None:
         rows = workspace.path(".training", f"{each.name}-rows")
         ranked.setdefault(each.method, []).append(read_ranked(workspace.fs, rows, each.method, test))
     _sum_up(job, ranked, results, test, counts)
-    for left in workspace.names(".training"):
-        if left.startswith(f"{name}-"):
-            workspace.remove(".training", left)
+    workspace.remove_all(f"{name}-", ".training")
 
 
 def _planned(job: Job, name: str) -> list[_Run]:

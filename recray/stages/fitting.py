@@ -46,28 +46,24 @@ ALIKE = (DivergenceError, StopRequestedError)
 Work = Callable[[WorkerContext, MetricsLog], Progress]
 
 
-class RayContext:
-    """A rank of a Ray Train group, as the loop sees it.
+class ProcessContext:
+    """What the loop sees of any process that fits: checkpoints, progress, notice, and a watch against hanging.
 
     Args:
         name: For people.
         store: Of the run's checkpoints.
-        resources: When a checkpoint is due, and when a rank that says nothing is taken for hung.
-        board: Where the driver says that the run shall end.
+        resources: When a checkpoint is due, and when a process that says nothing is taken for hung.
+        board: Where the driver says that the run shall end; None where none does, or another rank looks there.
     """
 
+    rank = 0
+
     def __init__(self, name: str, store: CheckpointStore, resources: Resources, board: Any) -> None:
-        self._context = ray.train.get_context()
         self._name, self._store, self._resources = name, store, resources
-        self._listener = Listener(board if self.rank == 0 else None)
+        self._listener = Listener(board)
         self._shown = time.monotonic()
         self._armed = float("-inf")
         self._arm()
-
-    @property
-    def rank(self) -> int:
-        """This process's number in the group."""
-        return int(self._context.get_world_rank())
 
     @property
     def store(self) -> CheckpointStore:
@@ -78,6 +74,34 @@ class RayContext:
     def checkpoint_every_s(self) -> float:
         """Seconds after which a checkpoint is due."""
         return self._resources.checkpoint_every_s
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        """Put off the end of a hung process, and log where rank 0 is, every few seconds."""
+        self._arm()
+        if self.rank == 0 and time.monotonic() - self._shown > PROGRESS_EVERY_S:
+            self._shown = time.monotonic()
+            logger.info("%s: step %d of at most %d (%.0f %%), %s", self._name, step, steps, 100 * step / steps, text)
+
+    def notice(self) -> Notice:
+        """Return what this process has been told."""
+        return self._listener.notice()
+
+    def _arm(self) -> None:
+        """End this process, with the traceback of every thread in its log, unless it is heard of again in time.
+
+        The watch is a thread without Python in it: it sees a process that hangs in a collective or holds the lock.
+        """
+        if time.monotonic() - self._armed > ARM_EVERY_S:
+            self._armed = time.monotonic()
+            faulthandler.dump_traceback_later(self._resources.hang_after_s, exit=True, file=2)
+
+
+class RayContext(ProcessContext):
+    """A rank of a Ray Train group, as the loop sees it; rank 0 looks at the board."""
+
+    def __init__(self, name: str, store: CheckpointStore, resources: Resources, board: Any) -> None:
+        self.rank = int(ray.train.get_context().get_world_rank())
+        super().__init__(name, store, resources, board if self.rank == 0 else None)
 
     def units(self, first_step: int) -> Iterator[Unit]:
         """Yield this rank's units from `first_step` on."""
@@ -90,26 +114,6 @@ class RayContext:
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand metrics to Ray Train."""
         ray.train.report(dict(metrics))
-
-    def progress(self, step: int, steps: int, text: str) -> None:
-        """Put off the end of a hung process, and log where rank 0 is, every few seconds."""
-        self._arm()
-        if self.rank == 0 and time.monotonic() - self._shown > PROGRESS_EVERY_S:
-            self._shown = time.monotonic()
-            logger.info("%s: step %d of at most %d (%.0f %%), %s", self._name, step, steps, 100 * step / steps, text)
-
-    def notice(self) -> Notice:
-        """Return what this rank has been told."""
-        return self._listener.notice()
-
-    def _arm(self) -> None:
-        """End this process, with the traceback of every thread in its log, unless it is heard of again in time.
-
-        The watch is a thread without Python in it: it sees a process that hangs in a collective or holds the lock.
-        """
-        if time.monotonic() - self._armed > ARM_EVERY_S:
-            self._armed = time.monotonic()
-            faulthandler.dump_traceback_later(self._resources.hang_after_s, exit=True, file=2)
 
 
 @dataclass(frozen=True)

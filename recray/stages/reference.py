@@ -5,21 +5,17 @@ format and sequences are the same: other negatives, or more of them, cost what i
 """
 
 import logging
+from functools import partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import ray
-from jaxtyping import Bool, Int
-from numpy import ndarray
 
 from recray.config import Reference
-from recray.data.examples import aligned, find_scores, list_values, matrix
+from recray.data.examples import aligned, matrix
 from recray.data.prompts import find_template
-from recray.errors import DataError
 from recray.schema import REFERENCE
 from recray.stages.flow import STAGES, Job
-from recray.stages.item_scores import ROWS_AT_ONCE, score_items
+from recray.stages.item_scores import complete, rows_with_items, score_table
 from recray.stages.recommender import scorer_print
 from recray.workspace import Workspace, fingerprint
 
@@ -39,22 +35,17 @@ def run(job: Job) -> None:
 
 
 def _write_scores(job: Job) -> None:
-    rows = _rows_with_items(job.workspace)
-    ids, items = rows["row"].to_numpy(), matrix(rows["items"])
+    examples = job.workspace.table("sequences", "train").sort_by("row")
+    negatives = aligned(examples["row"].to_numpy(), job.workspace.table("negatives", "train"), "negatives")
+    rows = rows_with_items(examples, matrix(negatives["negatives"]))
     cache = _cache(job)
     known = _read(job.workspace, cache) if cache else REFERENCE.empty_table()
-    _, found = find_scores(ids, items, known)
-    logger.info("reference: %d scores to make, %d kept from before", (~found).sum(), found.sum())
-    new = _score(job, _without(rows, items, found))
-    if cache and new.num_rows:
-        job.workspace.put_table(new, *cache, f"{job.fingerprint}.parquet")
-    scores, there = find_scores(ids, items, pa.concat_tables([known, new]))
-    if not there.all():
-        raise DataError(f"reference: {(~there).sum()} of {there.size} scores did not come back; run it again")
-    columns = [rows["row"], rows["items"], pa.array(list(scores), pa.list_(pa.float32()))]
-    job.out.write_table("train", pa.table(columns, schema=REFERENCE))
-    scored = list_values(new["items"].combine_chunks()).size
-    job.out.counts |= {"scores": found.size, "scored": scored, "kept": int(found.sum())}
+    found = complete(rows, known, partial(_score, job))
+    logger.info("reference: %d scores made, %d kept from before", found.scored, found.kept)
+    if cache and found.new.num_rows:
+        job.workspace.put_table(found.new, *cache, f"{job.fingerprint}.parquet")
+    job.out.write_table("train", found.table)
+    job.out.counts |= {"scores": found.scored + found.kept, "scored": found.scored, "kept": found.kept}
 
 
 def _cache(job: Job) -> tuple[str, ...] | None:
@@ -78,38 +69,6 @@ def _read(workspace: Workspace, cache: tuple[str, ...]) -> pa.Table:
     return pads.dataset(workspace.path(*cache), filesystem=workspace.fs, schema=REFERENCE, format="parquet").to_table()
 
 
-def _without(rows: pa.Table, items: Int[ndarray, "R K"], found: Bool[ndarray, "R K"]) -> pa.Table:
-    """Return the rows that lack a score, with the items that lack one."""
-    lacking = np.flatnonzero(~found.all(axis=1))
-    left = [items[row][~found[row]] for row in lacking]
-    return rows.take(pa.array(lacking)).set_column(2, "items", pa.array(left, pa.list_(pa.int32())))
-
-
 def _score(job: Job, rows: pa.Table) -> pa.Table:
-    """Return `REFERENCE` rows, in any order."""
-    if not rows.num_rows:
-        return REFERENCE.empty_table()
     part: Reference = job.part
-    blocks = [rows.slice(start, ROWS_AT_ONCE) for start in range(0, rows.num_rows, ROWS_AT_ONCE)]
-    scored = score_items(
-        ray.data.from_arrow(blocks),
-        job.workspace,
-        ("sft", "model"),
-        tokens_per_micro_batch=part.tokens_per_micro_batch,
-        resources=job.resources,
-    )
-    return pa.concat_tables(ray.get(scored.to_arrow_refs()))
-
-
-def _rows_with_items(workspace: Workspace) -> pa.Table:
-    """Return (row, history, items): the target first, then the negatives."""
-    examples = workspace.table("sequences", "train").sort_by("row")
-    negatives = aligned(examples["row"].to_numpy(), workspace.table("negatives", "train"), "negatives")
-    items = np.column_stack([examples["target"].to_numpy(), matrix(negatives["negatives"])]).astype(np.int32)
-    return pa.table(
-        {
-            "row": examples["row"],
-            "history": examples["history"],
-            "items": pa.array(list(items), pa.list_(pa.int32())),
-        }
-    )
+    return score_table(rows, job.workspace, tokens_per_micro_batch=part.tokens_per_micro_batch, resources=job.resources)

@@ -5,9 +5,9 @@ Reference: RoDPO, https://arxiv.org/abs/2603.29259: the pool that a negative is 
 
 import logging
 import time
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import ray
 
@@ -15,9 +15,9 @@ from recray.config import Negatives, Resources
 from recray.negatives.draws import another_seed
 from recray.negatives.met import met_in_training, of_rows
 from recray.negatives.registry import prepared
-from recray.schema import NEGATIVES, POOLS, REFERENCE
-from recray.stages.item_scores import ROWS_AT_ONCE, score_items
-from recray.stages.pools import TOKENS_PER_MICRO_BATCH, pools_of, rank_candidates
+from recray.schema import NEGATIVES
+from recray.stages.item_scores import complete, rows_with_items, score_table
+from recray.stages.pools import pools_of, rank_candidates
 from recray.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -51,16 +51,22 @@ def draw_again(workspace: Workspace, resources: Resources, *, model: tuple[str, 
     ranked, _ = rank_candidates(
         workspace, ray.put(met), part, seed=seed, resources=resources, version=version, model=model
     )
-    pools = pools_of(_table(ranked, POOLS), num_items)
+    pools = pools_of(pa.concat_tables(ray.get(ranked.to_arrow_refs())), num_items)
     sampler = prepared(part.sampler, {"pools": pools, "top_k": part.top_k, "num_items": num_items})
     own = of_rows(met, examples["user_id"])
     rows = examples["row"].to_numpy()
     chance = another_seed(another_seed(seed, version), _DRAWS)
     drawn = sampler.draw(rows, own.items, own.offsets, num=part.num, seed=chance).negatives
     negatives = pa.table([rows, pa.array(list(drawn), pa.list_(pa.int32()))], schema=NEGATIVES)
-    reference = None
-    if workspace.require("reference").part["source"] == "table":
-        reference = _scored(workspace, resources, examples, drawn)
+    reference, scoring = None, workspace.require("reference").part
+    if scoring["source"] == "table":
+        score = partial(
+            score_table,
+            workspace=workspace,
+            tokens_per_micro_batch=scoring["tokens_per_micro_batch"],
+            resources=resources,
+        )
+        reference = complete(rows_with_items(examples, drawn), workspace.table("reference", "train"), score).table
     logger.info(
         "align: negatives of %s rows are drawn again, from the model's own top list (version %d, %.1f s)",
         f"{len(rows):,}",
@@ -68,26 +74,3 @@ def draw_again(workspace: Workspace, resources: Resources, *, model: tuple[str, 
         time.monotonic() - started,
     )
     return Drawn(negatives, reference)
-
-
-def _scored(workspace: Workspace, resources: Resources, examples: pa.Table, negatives: np.ndarray) -> pa.Table:
-    """Return `schema.REFERENCE` of targets and negatives under the frozen SFT model."""
-    items = np.column_stack([examples["target"].to_numpy(), negatives]).astype(np.int32)
-    rows = pa.table(
-        {
-            "row": examples["row"],
-            "history": examples["history"],
-            "items": pa.array(list(items), pa.list_(pa.int32())),
-        }
-    )
-    blocks = [rows.slice(start, ROWS_AT_ONCE) for start in range(0, rows.num_rows, ROWS_AT_ONCE)]
-    tokens = int(workspace.require("reference").part.get("tokens_per_micro_batch", TOKENS_PER_MICRO_BATCH))
-    scored = score_items(
-        ray.data.from_arrow(blocks), workspace, ("sft", "model"), tokens_per_micro_batch=tokens, resources=resources
-    )
-    return _table(scored, REFERENCE)
-
-
-def _table(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
-    blocks = [block for block in ray.get(dataset.to_arrow_refs()) if block.num_rows]
-    return pa.concat_tables(blocks).cast(schema) if blocks else schema.empty_table()

@@ -210,16 +210,11 @@ def _examples(workspace: Workspace, name: str) -> int:
 
 
 def _keep(workspace: Workspace, folder: str, number: int, trial: dict[str, Any]) -> None:
-    """Write down a trial, whole or not at all, in place of what was kept of it."""
-    file = f"{number:05d}.json"
-    workspace.write_json(trial, ".training", folder, f".partial-{file}")
-    workspace.fs.move(
-        workspace.path(".training", folder, f".partial-{file}"), workspace.path(".training", folder, file)
-    )
+    """Write down a trial, in place of what was kept of it."""
+    workspace.put_json(trial, ".training", folder, f"{number:05d}.json")
 
 
 def _clear(workspace: Workspace, name: str) -> None:
     """Remove what a search kept for going on."""
-    for left in workspace.names(".training"):
-        if left == name or left.startswith(f"{name}-"):
-            workspace.remove(".training", left)
+    workspace.remove(".training", name)
+    workspace.remove_all(f"{name}-", ".training")
