@@ -76,74 +76,75 @@ def fit(
         DataError: if there is nothing to learn from or to validate on.
         ModelError: if the loss is no longer finite.
     """
-    width = model.shape.max_history + 1
-    rows = windows(histories, width)
-    if rows.num_lists == 0 or validation.histories.num_lists == 0:
+    if not histories.lengths.any() or validation.histories.num_lists == 0:
         raise DataError(
-            f"SASRec needs training histories and validation rows, got {rows.num_lists} windows of histories and "
+            f"SASRec needs training histories and validation rows, got {histories.lengths.sum()} items and "
             f"{validation.histories.num_lists} validation rows; the split leaves too little"
         )
-    order = Order(rows.num_lists, settings.global_batch, seed)
-    steps = math.ceil(order.steps_per_epoch)
-    trainer = _Trainer(model, rows, settings, seed, order)
+    trainer = _Trainer(model, histories, settings, seed)
     curve: list[dict[str, Any]] = []
-    best, best_pass, weights = -math.inf, 0, _copy(model)
+    best = _Best(-math.inf, 0, _copy(model))
     devices = [model.start.device] if model.start.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         for number in range(1, settings.passes + 1):
             started = time.monotonic()
-            if settings.shuffled:
-                trainer.rows = windows(shuffled(histories, settings.shuffled, (seed, number)), width)
-            loss = trainer.one_pass(range((number - 1) * steps, number * steps))
+            loss = trainer.one_pass(number)
             hit, gain = validated(model, validation)
-            if gain > best:
-                best, best_pass, weights = gain, number, _copy(model)
-            line = {
-                "pass": number,
-                "step": number * steps,
-                "loss": loss,
-                f"validation_ndcg@{RANKED_TO}": gain,
-                f"validation_hr@{RANKED_TO}": hit,
-                "best_pass": best_pass,
-                "seconds": round(time.monotonic() - started, 3),
-            }
-            curve.append(line)
-            report(line)
-            if number - best_pass >= settings.patience:
+            if gain > best.gain:
+                best = _Best(gain, number, _copy(model))
+            scores = {f"validation_ndcg@{RANKED_TO}": gain, f"validation_hr@{RANKED_TO}": hit}
+            line = {"pass": number, "step": number * trainer.steps, "loss": loss, **scores, "best_pass": best.number}
+            curve.append({**line, "seconds": round(time.monotonic() - started, 3)})
+            report(curve[-1])
+            if number - best.number >= settings.patience:
                 logger.info("stops: %d passes without a better NDCG@%d", settings.patience, RANKED_TO)
                 break
-    model.load_state_dict(weights)
+    model.load_state_dict(best.weights)
     model.eval()
     return curve
+
+
+class _Best(NamedTuple):
+    """The pass that validated best."""
+
+    gain: float
+    number: int
+    weights: dict[str, Tensor]
 
 
 class _Trainer:
     """One rank's steps."""
 
-    def __init__(self, model: SASRec, rows: Ragged, settings: Users, seed: int, order: Order) -> None:
-        self.model, self.rows, self.settings, self.seed, self.order = model, rows, settings, seed, order
+    def __init__(self, model: SASRec, histories: Ragged, settings: Users, seed: int) -> None:
+        self.model, self.histories, self.settings, self.seed = model, histories, settings, seed
+        self.width = model.shape.max_history + 1
+        self.rows = windows(histories, self.width)
+        self.order = Order(self.rows.num_lists, settings.global_batch, seed)
+        self.steps = math.ceil(self.order.steps_per_epoch)
         self.parameters = list(model.parameters())
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.proposal = proposal(
             settings.sampler,
-            np.bincount(rows.items, minlength=model.shape.num_items),
+            np.bincount(self.rows.items, minlength=model.shape.num_items),
             settings.sampled_negatives,
             exponent=settings.exponent,
             uniform_share=settings.uniform_share,
         )
 
-    def one_pass(self, steps: range) -> float:
-        """Take these steps and return the mean loss of a target, in nats."""
+    def one_pass(self, number: int) -> float:
+        """Take the steps of this pass, counted from 1, and return the mean loss of a target, in nats."""
+        if self.settings.shuffled:
+            self.rows = windows(shuffled(self.histories, self.settings.shuffled, (self.seed, number)), self.width)
         self.model.train()
         total = torch.zeros(2, dtype=torch.float64)
-        for step in steps:
+        for step in range((number - 1) * self.steps, number * self.steps):
             total += self.step(step)
         loss = float(total[0] / total[1])
         if not math.isfinite(loss):
             raise ModelError(
-                f"SASRec's loss is {loss} at step {steps.stop}; lower users.learning_rate "
+                f"SASRec's loss is {loss} in pass {number}; lower users.learning_rate "
                 f"(now {self.settings.learning_rate})"
             )
         return loss

@@ -1,14 +1,8 @@
 """Folds of users: who is left out, what that changes, and how well confidences tell false negatives."""
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from recray.config import Users
 from recray.errors import DataError
@@ -16,30 +10,12 @@ from recray.users.crossfit import Log, confidences, folds_of, separation, withou
 from recray.users.fit import Validation, fit
 from recray.users.ragged import Ragged, from_lengths, take
 from recray.users.sasrec import SASRec, Shape, item_vectors, user_vectors
+from tests.users import walks
 
 SEED, NUM_USERS = 1, 40
 NAMES = pa.array([f"user {number}" for number in range(NUM_USERS)])
 
-
-def _walks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("walks", Path(__file__).parent / "walks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-WALKS = _walks()
-SHAPE = Shape(WALKS.NUM_ITEMS, dim=8, layers=1, heads=2, max_history=8, dropout=0.1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SHAPE = Shape(walks.NUM_ITEMS, dim=8, layers=1, heads=2, max_history=8, dropout=0.1)
 
 
 def test_folds_are_halves_by_seed_and_id_alone() -> None:
@@ -54,7 +30,7 @@ def test_folds_are_halves_by_seed_and_id_alone() -> None:
 
 
 def _log() -> Log:
-    histories, validation = WALKS.histories_and_validation(NUM_USERS)
+    histories, validation = walks.histories_and_validation(NUM_USERS)
     folds = folds_of(NAMES, seed=SEED)
     return Log(histories, validation, folds, folds[::-1].copy())
 
@@ -91,7 +67,7 @@ def _changed(log: Log, user: int) -> Log:
     for ragged in (log.histories, log.validation.histories):
         items = ragged.items.copy()
         own = slice(ragged.offsets[user], ragged.offsets[user + 1])
-        items[own] = (items[own] + 11) % WALKS.NUM_ITEMS
+        items[own] = (items[own] + 11) % walks.NUM_ITEMS
         lists.append(from_lengths(items, ragged.lengths))
     old = log.validation
     return log._replace(histories=lists[0], validation=Validation(lists[1], old.candidates, old.targets))

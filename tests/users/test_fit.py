@@ -1,12 +1,9 @@
 """Fitting SASRec: it learns, stops, repeats itself, and doesn't care how many ranks there are."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
@@ -21,30 +18,9 @@ from recray.users import fit as fitting
 from recray.users.fit import Validation, batch_of, fit, shuffled, validated
 from recray.users.ragged import from_lengths, padded, take, windows
 from recray.users.sasrec import SASRec, Shape, load
+from tests.users import walks
 
-
-def _walks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("walks", Path(__file__).parent / "walks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-WALKS = _walks()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other at every one of these tiny products: a busy machine took thirty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-SHAPE = Shape(WALKS.NUM_ITEMS, dim=16, layers=1, heads=2, max_history=8, dropout=0.1)
+SHAPE = Shape(walks.NUM_ITEMS, dim=16, layers=1, heads=2, max_history=8, dropout=0.1)
 
 
 def _settings(**changes: Any) -> Users:
@@ -53,14 +29,14 @@ def _settings(**changes: Any) -> Users:
 
 @pytest.mark.parametrize("sampler", ["", "popularity", "in_batch", "adaptive_mixed"])
 def test_learns_a_rule_that_popularity_can_not(sampler: str) -> None:
-    histories, validation = WALKS.histories_and_validation()
+    histories, validation = walks.histories_and_validation()
     model = SASRec(SHAPE, seed=0)
     lines: list[dict[str, Any]] = []
     sampled = {"loss": "sampled_softmax", "sampler": sampler, "sampled_negatives": 64} if sampler else {}
     curve = fit(model, histories, validation, _settings(**sampled), seed=0, report=lines.append)
     assert lines == curve
     candidates, valid = padded(validation.candidates)
-    frequency = np.bincount(histories.items, minlength=WALKS.NUM_ITEMS).astype(float)
+    frequency = np.bincount(histories.items, minlength=walks.NUM_ITEMS).astype(float)
     target = ((candidates == validation.targets[:, None]) & valid).argmax(axis=1)
     popularity = ndcg(ranks(frequency[candidates], target, valid), 10).mean()
     best = max(line["validation_ndcg@10"] for line in curve)
@@ -71,7 +47,7 @@ def test_learns_a_rule_that_popularity_can_not(sampler: str) -> None:
 
 
 def test_stops_when_validation_no_longer_improves(monkeypatch: pytest.MonkeyPatch) -> None:
-    histories, validation = WALKS.histories_and_validation(20)
+    histories, validation = walks.histories_and_validation(20)
     gains = iter([0.1, 0.3, 0.2, 0.3, 0.9])
     monkeypatch.setattr(fitting, "validated", lambda *_: (0.0, next(gains)))
     curve = fit(SASRec(SHAPE, seed=0), histories, validation, _settings(patience=2), seed=0, report=lambda _: None)
@@ -79,7 +55,7 @@ def test_stops_when_validation_no_longer_improves(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone() -> None:
-    histories, validation = WALKS.histories_and_validation(30)
+    histories, validation = walks.histories_and_validation(30)
     found = []
     for ambient, seed in ((5, 1), (6, 1), (6, 2)):
         torch.manual_seed(ambient)
@@ -118,13 +94,11 @@ def test_two_ranks_are_one(tmp_path: Path, sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", get_args(Users.model_fields["sampler"].annotation))
 def test_the_loss_of_a_batch_is_the_sum_over_its_ranks(sampler: str) -> None:
-    histories, _ = WALKS.histories_and_validation(20)
-    rows = windows(histories, SHAPE.max_history + 1)
-    order = Order(rows.num_lists, 9, 0)
+    histories, _ = walks.histories_and_validation(20)
     hard = {"hardest": 5} if sampler.startswith("adaptive") else {}
-    settings = _settings(loss="sampled_softmax", sampler=sampler, sampled_negatives=16, **hard)
-    trainer = fitting._Trainer(SASRec(SHAPE, seed=0).eval(), rows, settings, 0, order)
-    mine = rows_of_step(order, 2)
+    settings = _settings(loss="sampled_softmax", sampler=sampler, sampled_negatives=16, global_batch=9, **hard)
+    trainer = fitting._Trainer(SASRec(SHAPE, seed=0).eval(), histories, settings, 0)
+    mine = rows_of_step(trainer.order, 2)
     whole, targets = trainer.loss(mine, 2)
     shares = [trainer.loss(mine[rank::4], 2) for rank in range(4)]
     torch.testing.assert_close(sum(loss for loss, _ in shares), whole)
@@ -132,7 +106,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_ranks(sampler: str) -> None:
 
 
 def test_ranks_share_a_batch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    histories, validation = WALKS.histories_and_validation(10)
+    histories, validation = walks.histories_and_validation(10)
     rows: list[int] = []
     monkeypatch.setattr(fitting, "take", lambda lists, chosen: rows.extend(chosen) or take(lists, chosen))
     monkeypatch.setattr(fitting, "validated", lambda *_: (0.0, 0.0))
@@ -159,7 +133,7 @@ def test_every_item_is_predicted_from_the_items_before_it() -> None:
 
 
 def test_validation_in_plain_loops() -> None:
-    _, validation = WALKS.histories_and_validation(25)
+    _, validation = walks.histories_and_validation(25)
     model = SASRec(SHAPE, seed=0).eval()
     with torch.no_grad():
         model.items.weight.mul_(30)
@@ -200,7 +174,7 @@ def test_so_many_histories_are_shuffled_others_in_every_pass(share: float) -> No
 
 
 def test_every_pass_learns_from_shuffles_of_its_own_and_keeps_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    histories, validation = WALKS.histories_and_validation(20)
+    histories, validation = walks.histories_and_validation(20)
     seen: list[np.ndarray] = []
     take_step = fitting._Trainer.loss
 
@@ -221,9 +195,9 @@ def test_every_pass_learns_from_shuffles_of_its_own_and_keeps_every_target(monke
 
 
 def test_nothing_to_learn_from_is_refused() -> None:
-    histories, validation = WALKS.histories_and_validation(3)
+    histories, validation = walks.histories_and_validation(3)
     none = from_lengths(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64))
-    with pytest.raises(DataError, match="0 windows"):
+    with pytest.raises(DataError, match="got 0 items"):
         fit(SASRec(SHAPE, seed=0), none, validation, _settings(), seed=0, report=lambda _: None)
     empty = Validation(none, none, np.empty(0, dtype=np.int32))
     with pytest.raises(DataError, match="0 validation rows"):
@@ -231,7 +205,7 @@ def test_nothing_to_learn_from_is_refused() -> None:
 
 
 def test_a_fit_that_blows_up_says_so() -> None:
-    histories, validation = WALKS.histories_and_validation(10)
+    histories, validation = walks.histories_and_validation(10)
     model = SASRec(SHAPE, seed=0)
     with torch.no_grad():
         model.items.weight[3] = torch.inf
