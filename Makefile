@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
 
+# Two processes: one for tests on clusters, which mostly wait; tests/conftest.py says what goes where.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # Faults done on purpose to a copy of the tree; the fast tests have to see each.
 mutants: $(STAMP)

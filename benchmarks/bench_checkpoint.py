@@ -27,7 +27,8 @@ from transformers import LlamaConfig
 from benchmarks.bench_scoring import table
 from benchmarks.scoring import made
 from recray.lm.scorer import ItemScorer
-from recray.train.checkpoint import CheckpointStore, CheckpointWriter
+from recray.train.checkpoint import CheckpointStore
+from recray.train.checkpoint_writer import CheckpointWriter
 from recray.train.engine import Engine, make_engine
 
 SHAPE = {

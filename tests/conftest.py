@@ -12,12 +12,13 @@ os.environ.update(
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # tiny products wait longer for a second thread than they take
         "MPLBACKEND": "Agg",
         "RAY_DEDUP_LOGS": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as `connect` sets it for a local Ray
     }
 )
 os.environ.pop("RAY_ADDRESS", None)
@@ -41,11 +42,29 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests on clusters first and those on the one local Ray second, the longest; each kind in one process.
+
+    So two processes (`make test`) share the work: while one waits for a node to be taken for dead, the other computes.
+    """
+    kinds = {item: _kind(item) for item in items}
+    items.sort(key=lambda item: (kinds[item] != "cluster", kinds[item] != "ray"))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(kinds[item]))
+
+
+def _kind(item: pytest.Item) -> str:
+    if item.path.parent.name == "cluster":
+        return "cluster"
+    return "ray" if "ray_cluster" in getattr(item, "fixturenames", ()) else str(item.path)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
+def _one_thread() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

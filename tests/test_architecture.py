@@ -26,6 +26,7 @@ SHARED_BY_STAGES = (
     "embedding",
     "feed",
     "fitting",
+    "board",
     "notice",
     "recommender",
     "alignment",
@@ -271,8 +272,12 @@ def loaded_after(code: str) -> set[str]:
             "from recray.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass",
             {"torch", "ray", "pyarrow", "pydantic", "numpy"},
         ),
+        # What processes of a fit import that only pass things on: it is a second and 200 MB in each.
+        ("import recray.stages.board", {"torch", "ray", "pyarrow"}),
+        ("import recray.stages.feed, recray.stages.group", {"torch", "transformers"}),
+        ("import recray.stages.fitting, recray.train.feeding", {"peft", "deepspeed"}),
     ],
-    ids=["recray", "config", "flow", "recipes", "help"],
+    ids=["recray", "config", "flow", "recipes", "help", "board", "feed", "fit"],
 )
 def test_light_things_import_nothing_heavy(code: str, absent: set[str]) -> None:
     assert loaded_after(code) & absent == set()

@@ -5,17 +5,18 @@ starts at zero, so a fresh adapter changes nothing. Hu et al., LoRA, arXiv 2106.
 NormalFloat, Dettmers et al., QLoRA, arXiv 2305.14314.
 
 An adapter's folder (`adapter_config.json`, `adapter_model.safetensors`) is one that `PeftModel.from_pretrained` reads.
+
+peft is imported where an adapter is: it takes longer to import than a small model takes to load, in every process.
 """
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, seed: int, base: str | No
     Raises:
         ConfigError: if a name in `lora.target_modules` is none of the model's linear layers.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     check_targets(model, lora)
     names = lora.target_modules
     settings = LoraConfig(
@@ -79,13 +82,13 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
 
 def has_adapter(module: nn.Module) -> bool:
     """Return whether an adapter is in there."""
-    return any(isinstance(layer, LoraLayer) for layer in module.modules())
+    return bool(_adapted(module))
 
 
 @contextmanager
 def adapter_off(module: nn.Module) -> Iterator[None]:
     """Let `module` score as its frozen base does, inside the `with` block; for passes without gradient."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers = _adapted(module).values()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -109,6 +112,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ModelError: if the folder is no adapter, or belongs to another model.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     try:
         settings = LoraConfig.from_pretrained(str(folder))
         found = load_file(folder / WEIGHTS_FILE)
@@ -136,7 +141,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
     In float32 the scores are those of base and adapter to rounding; in bfloat16 the sum itself is rounded.
     """
-    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]:
+    for name, layer in _adapted(model).items():
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
@@ -169,6 +174,15 @@ def nf4_settings(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _adapted(module: nn.Module) -> dict[str, Any]:
+    """Return peft's layers of a module by name."""
+    if "peft" not in sys.modules:  # then none of its layers is anywhere
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from recray.stages.board import Board
 from recray.train.context import Notice
 
 logger = logging.getLogger(__name__)
@@ -50,19 +51,6 @@ class ListeningTorch(TorchConfig):  # type: ignore[misc]
 
 def _listen() -> None:
     signal.signal(signal.SIGTERM, lambda _number, _frame: _told.set())
-
-
-class _Board:
-    """What the driver has to say to its workers."""
-
-    def __init__(self) -> None:
-        self._told = False
-
-    def tell(self) -> None:
-        self._told = True
-
-    def told(self) -> bool:
-        return self._told
 
 
 class Listener:
@@ -103,7 +91,7 @@ def board_for_workers() -> Iterator[Any]:
 
     Only a main thread can listen; from another one, as in a trial of a search, nothing is ever said.
     """
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         logger.warning("told to end: a checkpoint is written first; once more ends it at once")

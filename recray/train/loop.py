@@ -19,7 +19,8 @@ from recray.errors import (
     RecrayError,
     StopRequestedError,
 )
-from recray.train.checkpoint import CheckpointWriter, Saved, folder_of
+from recray.train.checkpoint import Saved, folder_of
+from recray.train.checkpoint_writer import CheckpointWriter
 from recray.train.collapse import collapse
 from recray.train.context import Notice, WorkerContext
 from recray.train.engine import Engine

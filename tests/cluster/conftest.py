@@ -61,6 +61,7 @@ def drive(cluster: Any, small_world: Path) -> Callable[..., Ended]:
 
     def run(place: Path, *faults: str, workers: int = 2, **settings: Any) -> Ended:
         environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+        environment.pop("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", None)  # off for local Rays only
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("driver.py"))]
         command += [str(small_world), str(place), str(workers), json.dumps(settings), *faults]
         place.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ import torch
 
 from recray.config import Objective, Resources
 from recray.data.examples import ExampleShards
-from recray.errors import ModelError, RecrayError
+from recray.errors import RecrayError
 from recray.lm.load import open_catalogue, open_recommender
 from recray.lm.scorer import ItemScorer
 from recray.stages.cluster import connect, log_lines
@@ -116,8 +116,6 @@ def strike(kind: str, driver: int, place: Path) -> None:
         os.kill(*signals[kind])
         # For it to be passed on, as a step here takes milliseconds; or until this process goes.
         time.sleep({"term-driver": 3, "kill-node": 60}.get(kind, 0))
-    elif kind == "refuse":
-        raise ModelError("this rank alone can't go on")
     elif kind == "free-disk":
         filler.unlink()
     else:

@@ -6,7 +6,6 @@ docs/faults.md lists what happened in each, how long it took to recover and what
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -105,21 +104,9 @@ def test_killed_workers_drivers_and_a_damaged_checkpoint_change_nothing(
     assert "StopRequestedError: stopped as asked" in told.output
     assert 15 <= newest(place).step < STEPS
 
-    elsewhere = shutil.copytree(place, tmp_path / "elsewhere")
     finished = drive(place)
     assert finished.status == 0, finished.output
     assert_undisturbed(place, quiet)
-
-    finished = drive(elsewhere, workers=3)
-    assert finished.status == 0, finished.output
-    assert_undisturbed_but_for_sums(elsewhere, quiet)
-
-
-def test_what_one_rank_refuses_ends_the_run_with_its_own_words(drive: Any, tmp_path: Path) -> None:
-    ended = drive(tmp_path / "refused", "refuse:3:1")
-    assert ended.status == 3
-    assert "\nModelError: this rank alone can't go on\n" in ended.output
-    assert ended.output.count("step 0: ndcg@10") == 1  # no group tried again
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 import json
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from recray.config import Compare, Pipeline, Resources, override
-from recray.errors import RecrayError, WorkspaceError
+from recray.errors import ModelError, RecrayError, WorkspaceError
 from recray.lm.layout import stream_layout
 from recray.lm.lora import load_adapter
 from recray.lm.scorer import ItemScorer, score_rows
@@ -18,9 +20,12 @@ from recray.ranking.rows import lists, target_ranks
 from recray.stages import compare
 from recray.stages.alignment import Alignment, alignment, run_alignment
 from recray.stages.feed import unit_dataset
-from recray.stages.fitting import Fitted
+from recray.stages.fitting import Fit, Fitted, run_fit
 from recray.stages.flow import run_stages
 from recray.stages.recommender import open_from, validation_rows
+from recray.train.context import WorkerContext
+from recray.train.log import MetricsLog
+from recray.train.loop import Progress
 from recray.train.units import MicroBatch, Unit, unpack_unit
 from recray.workspace import Workspace
 
@@ -43,7 +48,7 @@ class Stamps:
         return Unit(step, rank, [MicroBatch(np.array([0]), layout)], {"world": np.array([self._world_size])}, [step])
 
 
-@pytest.mark.parametrize(("world", "first"), [(1, 0), (2, 0), (3, 4)])
+@pytest.mark.parametrize(("world", "first"), [(1, 0), (3, 4)])
 def test_every_rank_is_fed_its_own_units_in_order(world: int, first: int) -> None:
     splits = unit_dataset(Stamps, world, first_step=first, steps=first + 6).streaming_split(world, equal=False)
     got: list[list[Unit]] = [[] for _ in range(world)]
@@ -60,6 +65,25 @@ def test_every_rank_is_fed_its_own_units_in_order(world: int, first: int) -> Non
     expected = [[(step, rank) for step in range(first, first + 6)] for rank in range(world)]
     assert [[(unit.step, unit.rank) for unit in own] for own in got] == expected
     assert all(unit.arrays["world"][0] == world for own in got for unit in own)
+
+
+def refuse(mark: Path, context: WorkerContext, log: MetricsLog) -> Progress:
+    """Let rank 1 refuse what it got while the other waits for it."""
+    del log
+    if context.rank != 1:
+        torch.distributed.barrier()
+    with mark.open("a") as file:
+        file.write("tried\n")
+    raise ModelError("this rank alone can't go on")
+
+
+def test_what_one_rank_refuses_ends_the_run_with_its_own_words(workspace: Workspace, tmp_path: Path) -> None:
+    mark = tmp_path / "tries"
+    fit = Fit(name="refused", run="refused", steps=2, make_feed=Stamps, work=partial(refuse, mark))
+    resources = Resources(num_workers=2, cpus_per_worker=0.5, threads_per_worker=1)
+    with pytest.raises(ModelError, match=r"^this rank alone can't go on$"):
+        run_fit(fit, workspace, resources)
+    assert mark.read_text() == "tried\n"  # no group tried again
 
 
 @pytest.fixture(scope="module")
@@ -114,24 +138,20 @@ def test_nothing_that_is_up_to_date_runs_again(aligned: Workspace, tiny_pipeline
     assert not [name for name in Path(aligned.path(".training")).iterdir() if "tune" not in name.name]
 
 
-def test_two_workers_under_zero_3_end_where_one_without_zero_does(aligned: Workspace, tiny_pipeline: Pipeline) -> None:
-    found = []
-    for settings in (
-        ["align.optimiser.engine=plain"],
-        ["align.optimiser.zero_stage=3", "resources.num_workers=2", "align.micro_batches=2"],
-    ):
-        pipeline = override(tiny_pipeline, settings=["align.steps=4", *settings])
-        run_stages(pipeline, aligned, ("align",), force=NONE)
-        found.append([line for line in metrics(aligned, "align") if line["kind"] == "train"])
-    for one, two in zip(*found, strict=True):
-        for name in ("loss", "margin", "kl", "grad_norm", "effective_negatives"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, one["step"])
-
-
 @pytest.fixture
 def copied(aligned: Workspace, tmp_path: Path) -> Workspace:
     """A copy of the aligned workspace that the test may change."""
     return Workspace(str(shutil.copytree(aligned.root, tmp_path / "copy")))
+
+
+def test_two_workers_under_zero_3_end_where_one_under_zero_1_does(copied: Workspace, tiny_pipeline: Pipeline) -> None:
+    found = [metrics(copied, "align")]
+    settings = ["align.optimiser.zero_stage=3", "resources.num_workers=2", "align.micro_batches=2"]
+    run_stages(override(tiny_pipeline, settings=settings), copied, ("align",), force=NONE)
+    found.append(metrics(copied, "align"))
+    for one, two in zip(*([line for line in lines if line["kind"] == "train"] for lines in found), strict=True):
+        for name in ("loss", "margin", "kl", "grad_norm", "effective_negatives"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, one["step"])
 
 
 def test_adapters_are_trained_handed_over_alone_and_merged(copied: Workspace, tiny_pipeline: Pipeline) -> None:

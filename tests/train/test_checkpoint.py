@@ -12,7 +12,8 @@ from pyarrow import fs as pafs
 from safetensors.torch import load_file
 
 from recray.errors import CheckpointError
-from recray.train.checkpoint import CheckpointStore, CheckpointWriter, Saved, folder_of
+from recray.train.checkpoint import CheckpointStore, Saved, folder_of
+from recray.train.checkpoint_writer import CheckpointWriter
 
 CPU = torch.device("cpu")
 
