@@ -4,6 +4,7 @@ Everything that can be wrong with a configuration is found before Ray starts. On
 top: `recray --help` needs neither torch nor ray.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,10 @@ ForceOption = Annotated[
     typer.Option("--force", metavar="STAGE", help="Run it though it is up to date; repeatable."),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the whole run.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="A running Ray cluster, as RAY_ADDRESS; `local` for none."),
+]
 WorkersOption = Annotated[int | None, typer.Option("--workers", metavar="N", help="Training workers.")]
 
 
@@ -197,12 +202,13 @@ def _add_command(name: str, stages: tuple[str, ...] | None, summary: str) -> Cal
         force: ForceOption = None,
         seed: SeedOption = None,
         workers: WorkersOption = None,
+        address: AddressOption = None,
     ) -> None:
         from pipelines.recipes import find
 
         pipeline = resolve(recipe, data=data, file=config, settings=settings, seed=seed, workers=workers)
         _check_places(pipeline, needs_data=find(recipe).needs_data)
-        _run(pipeline, workspace, stages, _check_names(force or []))
+        _run(pipeline, workspace, stages, _check_names(force or []), address)
 
     return app.command(name, help=summary)(command)
 
@@ -222,6 +228,7 @@ def audit(
     settings: SetOption = None,
     force: ForceOption = None,
     seed: SeedOption = None,
+    address: AddressOption = None,
     fresh_candidates: Annotated[
         bool, typer.Option("--fresh-candidates", help="Same as --set sequences.fresh_candidates=true.")
     ] = False,
@@ -232,7 +239,7 @@ def audit(
     fresh = ["sequences.fresh_candidates=true"] if fresh_candidates else []
     pipeline = resolve(recipe, data=data, file=config, settings=[*(settings or []), *fresh], seed=seed)
     _check_places(pipeline, needs_data=find(recipe).needs_data)
-    _run(pipeline, workspace, ("ingest", "sequences", "audit"), _check_names(force or []))
+    _run(pipeline, workspace, ("ingest", "sequences", "audit"), _check_names(force or []), address)
     if _show_audit(workspace):
         raise typer.Exit(1)
 
@@ -247,6 +254,7 @@ def compare(
     force: ForceOption = None,
     seed: SeedOption = None,
     workers: WorkersOption = None,
+    address: AddressOption = None,
     objectives: Annotated[
         str | None,
         typer.Option("--objectives", metavar="A,B,...", help="Names, each with settings: 'dpo,napo margin=none'."),
@@ -265,10 +273,12 @@ def compare(
         asked.append(f"compare.seeds={seeds}")
     pipeline = resolve(recipe, data=data, file=config, settings=asked, seed=seed, workers=workers)
     _check_places(pipeline, needs_data=find(recipe).needs_data)
-    _run(pipeline, workspace, ("compare",), _check_names(force or []))
+    _run(pipeline, workspace, ("compare",), _check_names(force or []), address)
 
 
-def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str]) -> None:
+def _run(
+    pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str], address: str | None
+) -> None:
     from functools import partial
 
     from recray.stages.flow import MAIN_JOB, run_stages
@@ -281,7 +291,11 @@ def _run(pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: 
 
     log_lines()
     names = MAIN_JOB if stages is None else stages
-    run_stages(pipeline, workspace, names, force=force, ray=partial(connect, pipeline.resources))
+    try:
+        run_stages(pipeline, workspace, names, force=force, ray=partial(connect, pipeline.resources, address))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on where this one was", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
     if "report" in names:
         _show_report(workspace)
         _show_leaks(workspace)

@@ -37,6 +37,7 @@ SHARED_BY_STAGES = (
     "refreshing",
     "alone",
     "searching",
+    "comparing",
 )
 # The only importers of heavy libraries: patterns of module names.
 IMPORTERS = {

@@ -31,14 +31,15 @@ class Terminal:
         self._patch, self._capture = monkeypatch, capsys
         self.ran: list[dict[str, Any]] = []
         self.started_ray = False
-        self.error: Exception | None = None
+        self.address: str | None = None
+        self.error: BaseException | None = None
         monkeypatch.setattr(recray.stages.cluster, "connect", self._connect)
         monkeypatch.setattr(recray.stages.flow, "run_stages", self._run_stages)
         monkeypatch.setattr(recray.stages.cluster, "log_lines", lambda: None)
 
-    def _connect(self, resources: object) -> nullcontext[None]:
+    def _connect(self, resources: object, address: str | None = None) -> nullcontext[None]:
         del resources
-        self.started_ray = True
+        self.started_ray, self.address = True, address
         return nullcontext()
 
     def _run_stages(self, pipeline: Pipeline, workspace: object, names: object, *, force: object, ray: Any) -> None:
@@ -232,3 +233,16 @@ def test_a_script_does_what_its_command_does(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(recray.cli, "main", called.append)
     runpy.run_module(f"pipelines.{name}", run_name="__main__")
     assert called == [name]
+
+
+def test_an_address_is_handed_to_ray(recray_line: Terminal, tmp_path: Path) -> None:
+    for command in ("sft", "run", "audit", "compare"):
+        recray_line(command, "--recipe", "demo", "--workspace", str(tmp_path / command), "--address", "10.0.0.1:6379")
+        assert recray_line.address == "10.0.0.1:6379", command
+
+
+def test_an_interrupted_run_says_how_to_go_on(recray_line: Terminal, tmp_path: Path) -> None:
+    recray_line.error = KeyboardInterrupt()
+    code, _, err = recray_line("sft", "--recipe", "demo", "--workspace", str(tmp_path / "w"))
+    assert code == 130
+    assert err == "interrupted; the same command goes on where this one was\n"

@@ -11,11 +11,12 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from pyarrow import fs as pafs
@@ -124,6 +125,23 @@ def fit_alone(
         pafs.copy_files(folder, log_folder(workspace, fit.run), destination_filesystem=workspace.fs)
         shutil.rmtree(folder)
     return Fitted(store), seconds
+
+
+def needs_alone(resources: Resources) -> dict[str, float]:
+    """Return what a process that fits alone holds of the cluster: it feeds itself, and on CPUs computes there."""
+    if resources.gpus_per_worker > 0:
+        return {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    return {"CPU": float(resources.threads_per_worker)}
+
+
+def processes_at_once(needs: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return how many processes with such needs fit onto nodes, each whole on one; at least one."""
+    return max(1, sum(min(int(node.get(name, 0.0) // need) for name, need in needs.items()) for node in nodes))
+
+
+def nodes_alive() -> list[Mapping[str, float]]:
+    """Return what each node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _join_group_of_one(resources: Resources) -> None:

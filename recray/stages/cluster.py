@@ -39,19 +39,20 @@ REPORTS = str(Path(ray.__file__).parent / "train" / "v2" / "_internal" / "execut
 
 
 @contextmanager
-def connect(resources: Resources) -> Iterator[None]:
+def connect(resources: Resources, address: str | None = None) -> Iterator[None]:
     """Hold a connection to Ray: a running cluster where there is one, else a local Ray, stopped afterwards.
 
-    A cluster is RAY_ADDRESS (which Ray sets in a submitted job) or the one that `ray start` left a note of.
+    A cluster is `address` (`local`: none), RAY_ADDRESS (which Ray sets in a submitted job), or the one that `ray start`
+    left a note of.
     Token authentication stays as Ray sets it up: on, also for a local Ray.
 
     Raises:
-        ConfigError: if no cluster answers at RAY_ADDRESS, or a local Ray is too small for `resources`.
+        ConfigError: if no cluster answers at the address, or a local Ray is too small for `resources`.
     """
     if ray.is_initialized():
         yield
         return
-    cluster = running_cluster()
+    cluster = None if address == "local" else address or running_cluster()
     environment = worker_environment(resources)
     if cluster is None:
         environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
@@ -150,15 +151,22 @@ def _start(cluster: str | None, environment: dict[str, str]) -> None:
         },
         "logging_level": "WARNING",
     }
+    settings["address"] = cluster or "local"
     if cluster is None:
-        settings |= {"address": "local", "include_dashboard": False}
+        settings["include_dashboard"] = False
         # It warns that token authentication is on, and how to switch it off.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if cluster is not None:
         _knock(cluster)
-    ray.init(**settings)
-    cpus = ray.cluster_resources().get("CPU", 0)
-    logger.info("Ray: %s, %g CPUs", "started here" if cluster is None else f"cluster at {cluster}", cpus)
+    dashboard = ray.init(**settings).dashboard_url
+    there = ray.cluster_resources()
+    logger.info(
+        "Ray: %s, %g CPUs, %g GPUs%s",
+        "started here" if cluster is None else f"cluster at {cluster}",
+        there.get("CPU", 0),
+        there.get("GPU", 0),
+        f", dashboard http://{dashboard}" if dashboard else "",
+    )
 
 
 def _knock(cluster: str) -> None:
@@ -170,8 +178,8 @@ def _knock(cluster: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {cluster} ({error}); start it, or work on a local Ray: unset RAY_ADDRESS "
-            "and remove ray_current_cluster below /tmp/ray, where a cluster leaves its address"
+            f"no Ray cluster answers at {cluster} ({error}); start it, or work on a local Ray with --address "
+            "local; the address is that of RAY_ADDRESS or of ray_current_cluster below /tmp/ray, if none was given"
         ) from None
 
 
@@ -179,6 +187,8 @@ def _check_size(resources: Resources, cluster: str | None, available: dict[str, 
     """Refuse a local Ray that can never place the workers; warn on a cluster, which may still grow."""
     workers, cpus, gpus = resources.num_workers, resources.cpus_per_worker, resources.gpus_per_worker
     lacking = []
+    if gpus == 0 and available.get("GPU", 0.0) > 0:
+        logger.warning("resources.gpus_per_worker is 0: the %g GPUs that are there are not used", available["GPU"])
     if workers * cpus + DATA_CPUS > available.get("CPU", 0.0):
         need = f"{workers * cpus + DATA_CPUS:g} CPUs ({workers} workers x {cpus:g}, {DATA_CPUS} to feed them)"
         lacking.append(f"{need} are needed, {available.get('CPU', 0.0):g} are there")

@@ -5,61 +5,32 @@ its weights, and the test rows are ranked once, with those. What a run left is k
 that was interrupted goes on with the run that it was at.
 """
 
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from rich.console import Console
 
-from recray.config import Align, Compare, variants
+from recray.config import Compare, variants
 from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
-from recray.ranking.forms import SUMMED
 from recray.ranking.metrics import headline
 from recray.ranking.rows import refuse_faulty
 from recray.ranking.seeds import over_seeds
 from recray.ranking.summary import Ranked, Settings
 from recray.report.comparison import START, Comparison, render_comparison
 from recray.report.tables import differences_table, results_table
-from recray.stages.alignment import Alignment, alignment, remove_parts, run_alignment, write_examples
-from recray.stages.fitting import Fitted
+from recray.stages.alignment import alignment, write_examples
+from recray.stages.comparing import Judging, Run, go_through, rank_on_ray
 from recray.stages.flow import Job
-from recray.stages.recommender import refuse_other_reference, write_best
-from recray.stages.scoring import (
-    OpenedModel,
-    OpenScorer,
-    counting_scorer,
-    language_scorer,
-    rank_on_replicas,
-    read_ranked,
-    training_of,
-)
+from recray.stages.recommender import refuse_other_reference
+from recray.stages.scoring import counting_scorer, read_ranked, training_of
 from recray.train.loop import WATCHED
+from recray.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run of the comparison."""
-
-    number: int
-    method: str
-    part: Align
-    seed: int
-    of: str  # the comparison's name
-
-    @property
-    def name(self) -> str:
-        """Name below `.training`."""
-        return f"{self.of}-{self.number}"
 
 
 def run(job: Job) -> None:
@@ -82,28 +53,37 @@ def run(job: Job) -> None:
     write_examples(workspace, examples)  # again, though a run before may have: it may have been stopped in between
     # All before any of them starts: a setting that can't be run is refused now.
     settings = [alignment(workspace, each.part, each.seed, examples, watch_seed=job.seed) for each in runs]
-    results = [_result(job, *each, test, len(runs)) for each in zip(runs, settings, strict=True)]
+    judging = Judging(
+        workspace, job.resources, job.pipeline.evaluate.keep_ranked, job.pipeline.evaluate.tokens_per_micro_batch
+    )
+    before = sum(workspace.exists(".training", each.done) for each in runs)
+    logger.info("compare: %d runs, %d of them done before", len(runs), before)
+    for number, _ in enumerate(go_through(list(zip(runs, settings, strict=True)), judging), before + 1):
+        logger.info("compare: %d of %d runs are done", number, len(runs))
     counts = item_popularity(training.items, training.num_items)
     ranked: dict[str, list[Ranked]] = {}
     for model, opener in (
         ("popularity", counting_scorer(Popularity(counts))),
         ("cooccurrence", counting_scorer(Cooccurrence.of(*training))),
-        (START, _opener(job, ("sft", "model"))),
+        (START, judging.opener("sft", "model")),
     ):
-        ranked[model] = [_rank(job, model, opener, f"{name}-{model}-rows", test)]
+        rank_on_ray(model, opener, f"{name}-{model}-rows", judging, accelerated=model == START)
+        ranked[model] = [_read(workspace, f"{name}-{model}-rows", model, test)]
     for each in runs:
-        rows = workspace.path(".training", f"{each.name}-rows")
-        ranked.setdefault(each.method, []).append(read_ranked(workspace.fs, rows, each.method, test))
-    _sum_up(job, ranked, results, test, counts)
+        ranked.setdefault(each.method, []).append(_read(workspace, f"{each.name}-rows", each.method, test))
+    _sum_up(job, ranked, [workspace.json(".training", each.done) for each in runs], test, counts)
     workspace.remove_all(f"{name}-", ".training")
 
 
-def _planned(job: Job, name: str) -> list[_Run]:
+def _planned(job: Job, name: str) -> list[Run]:
     """Return all runs: seed by seed, so that a comparison cut short has as many of each method."""
     part: Compare = job.part
     methods = variants(job.pipeline)
     planned = [(method, seed) for seed in range(job.seed, job.seed + part.seeds) for method in methods]
-    return [_Run(number, _title(method), methods[method], seed, name) for number, (method, seed) in enumerate(planned)]
+    return [
+        Run(number, _title(method), methods[method], seed, name, len(planned))
+        for number, (method, seed) in enumerate(planned)
+    ]
 
 
 def _title(method: str) -> str:
@@ -111,69 +91,7 @@ def _title(method: str) -> str:
     return f"more {method}" if method.split()[0] == "sft" else method
 
 
-def _result(job: Job, each: _Run, setting: Alignment, test: pa.Table, of: int) -> dict[str, Any]:
-    """Fit and rank one run unless that is done, and return what is known of it."""
-    workspace, done = job.workspace, f"{each.name}-result.json"
-    if workspace.exists(".training", done):
-        logger.info("compare: %s, seed %d: done before (run %d of %d)", each.method, each.seed, each.number + 1, of)
-        found: dict[str, Any] = workspace.json(".training", done)
-        return found
-    logger.info("compare: %s, seed %d: run %d of %d", each.method, each.seed, each.number + 1, of)
-    fitted = run_alignment(setting, job.resources, run=each.name, name=f"compare {each.method}, seed {each.seed}")
-    model = f"{each.name}-model"
-    with TemporaryDirectory(prefix="recray-model-") as folder:
-        whole = Path(folder) / "model"
-        write_best(fitted, workspace.folder("sft", "model"), whole, Path(folder) / "adapter", lora=each.part.lora)
-        workspace.put_folder(whole, ".training", model)
-    _rank(job, each.method, _opener(job, (".training", model)), f"{each.name}-rows", test)
-    result = _facts(each, fitted)
-    workspace.write_json(result, ".training", done)  # the last: with it the run is done
-    for left in (each.name, f"{each.name}-log", model):
-        workspace.remove(".training", left)
-    remove_parts(workspace, each.name)
-    return result
-
-
-def _facts(each: _Run, fitted: Fitted) -> dict[str, Any]:
-    """Return what a run took and how validation went."""
-    progress = fitted.progress
-    curve = [
-        {"step": line["step"], "seconds": line["seconds"], "value": line[WATCHED]}
-        for line in fitted.metrics
-        if line["kind"] == "validation"
-    ]
-    return {
-        "method": each.method,
-        "seed": each.seed,
-        "settings": json.dumps(each.part.objective.model_dump(mode="json")),
-        "steps": progress.step,
-        "seconds": progress.seconds,
-        "best": progress.best,
-        "best_step": progress.best_step,
-        "skipped": progress.skipped,
-        "curve": curve,
-    }
-
-
-def _opener(job: Job, folder: tuple[str, ...]) -> OpenScorer:
-    """Return what opens a language model where its replicas run; all are ranked by the sum, which training watches."""
-    tokens, threads = job.pipeline.evaluate.tokens_per_micro_batch, job.resources.threads_per_worker
-    return language_scorer(OpenedModel(job.workspace, folder, tokens, threads), SUMMED)
-
-
-def _rank(job: Job, model: str, open_scorer: OpenScorer, rows: str, test: pa.Table) -> Ranked:
-    """Rank the test rows with one model, keep what came out below `.training`, and return it."""
-    workspace = job.workspace
-    workspace.remove(".training", rows)
-    ranked = rank_on_replicas(
-        ray.data.read_parquet(workspace.path("sequences", "test"), filesystem=workspace.fs),
-        model,
-        open_scorer,
-        keep=job.pipeline.evaluate.keep_ranked,
-        resources=job.resources,
-        accelerated=model not in ("popularity", "cooccurrence"),
-    )
-    ranked.write_parquet(workspace.path(".training", rows), filesystem=workspace.fs)
+def _read(workspace: Workspace, rows: str, model: str, test: pa.Table) -> Ranked:
     return read_ranked(workspace.fs, workspace.path(".training", rows), model, test)
 
 

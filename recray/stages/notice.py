@@ -1,8 +1,8 @@
 """SIGTERM as a notice, not an end: a worker or the driver that gets one has time to write a checkpoint.
 
 A worker gets it when its machine is about to go (a preempted spot instance, a drained node, `ray stop`), the driver
-when the run is to end (`ray job stop`, a service manager). What was not asked for, a `kill -9`, costs what was done
-since the last checkpoint.
+when the run is to end (`ray job stop`, a service manager), as it gets SIGINT by Ctrl-C. What was not asked for, a
+`kill -9`, costs what was done since the last checkpoint.
 """
 
 import logging
@@ -22,6 +22,8 @@ from recray.stages.board import Board
 from recray.train.context import Notice
 
 logger = logging.getLogger(__name__)
+
+TOLD_BY = (signal.SIGTERM, signal.SIGINT)
 
 _told = threading.Event()
 
@@ -87,22 +89,24 @@ class Listener:
 
 @contextmanager
 def board_for_workers() -> Iterator[Any]:
-    """Yield the handle of a board that says so when this process, the driver, gets SIGTERM.
+    """Yield the handle of a board that says so when this process, the driver, gets SIGTERM or SIGINT (Ctrl-C).
 
     Only a main thread can listen; from another one, as in a trial of a search, nothing is ever said.
     """
     board = ray.remote(num_cpus=0)(Board).remote()
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
         logger.warning("told to end: a checkpoint is written first; once more ends it at once")
         board.tell.remote()
-        signal.signal(number, signal.SIG_DFL)
+        for each in TOLD_BY:
+            signal.signal(each, before[each])
 
     if threading.current_thread() is not threading.main_thread():
         yield board
         return
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {each: signal.signal(each, pass_on) for each in TOLD_BY}
     try:
         yield board
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each in TOLD_BY:
+            signal.signal(each, before[each])

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 from recray.config import Align, Resources, Tune, point_of_space
 from recray.errors import ConfigError, MachineLeavingError, RecrayError, StopRequestedError
 from recray.stages.alignment import alignment, fit_of, run_alignment
-from recray.stages.alone import FIT_SECONDS, fit_alone
+from recray.stages.alone import FIT_SECONDS, fit_alone, needs_alone, nodes_alive, processes_at_once
 from recray.stages.cluster import DATA_CPUS
 from recray.stages.feed import FEED_CPUS
 from recray.train.search import POPULARITY, RANKING, Search
@@ -62,11 +62,10 @@ class Trials:
     def needs(self) -> dict[str, float]:
         """What one trial holds of the cluster."""
         resources, number = self.resources, self.resources.num_workers
+        if self.alone:
+            return needs_alone(resources)
         gpus = {"GPU": number * resources.gpus_per_worker} if resources.gpus_per_worker > 0 else {}
-        if not self.alone:
-            return {"CPU": number * resources.cpus_per_worker + FEED_CPUS + DRIVER_CPUS} | gpus
-        # It feeds itself, and on CPUs it computes there, with as many threads.
-        return {"CPU": resources.cpus_per_worker if gpus else float(resources.threads_per_worker)} | gpus
+        return {"CPU": number * resources.cpus_per_worker + FEED_CPUS + DRIVER_CPUS} | gpus
 
 
 def trials_at_once(needs: Mapping[str, float], cluster: Mapping[str, float]) -> int:
@@ -76,11 +75,6 @@ def trials_at_once(needs: Mapping[str, float], cluster: Mapping[str, float]) -> 
     """
     cluster = {**cluster, "CPU": cluster.get("CPU", 0.0) - DATA_CPUS}
     return max(1, min(int(cluster.get(name, 0.0) // need) for name, need in needs.items()))
-
-
-def processes_at_once(needs: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
-    """Return how many trials of one process fit onto nodes, each whole on one; at least one."""
-    return max(1, sum(min(int(node.get(name, 0.0) // need) for name, need in needs.items()) for node in nodes))
 
 
 def lacking(needs: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]) -> list[str]:
@@ -95,9 +89,8 @@ def lacking(needs: Mapping[str, float], free: Mapping[str, float], there: Mappin
 
 def room_for(trials: Trials, most: int | None) -> int:
     """Return how many trials run side by side on the cluster that there is, `most` at most."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if trials.alone:
-        found = processes_at_once(trials.needs, nodes)
+        found = processes_at_once(trials.needs, nodes_alive())
     else:
         found = trials_at_once(trials.needs, ray.cluster_resources())
     return min(found, most or found)

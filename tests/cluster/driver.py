@@ -107,7 +107,6 @@ def strike(kind: str, driver: int, place: Path) -> None:
         "kill": (me, signal.SIGKILL),
         "term": (me, signal.SIGTERM),
         "stop": (me, signal.SIGSTOP),  # hangs with all its threads
-        "kill-driver": (driver, signal.SIGKILL),
         "term-driver": (driver, signal.SIGTERM),
         "kill-node": (os.getppid(), signal.SIGKILL),  # the raylet; a machine's workers go with it
     }

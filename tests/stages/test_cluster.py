@@ -33,6 +33,31 @@ def test_a_cluster_started_here_is_found_by_its_note(lonely: Path) -> None:
     assert cluster.running_cluster() == "127.0.0.1:6379"
 
 
+def test_an_address_that_is_given_comes_first(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lonely.mkdir()
+    (lonely / "ray_current_cluster").write_text("127.0.0.1:6379\n")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    asked: list[str | None] = []
+    monkeypatch.setattr(cluster, "_start", lambda where, _: asked.append(where))
+    monkeypatch.setattr(cluster, "_check_size", lambda *_: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for address in (None, "10.0.0.2:6379", "local"):
+        with cluster.connect(Resources(), address):
+            pass
+    assert asked == ["10.0.0.1:6379", "10.0.0.2:6379", None]
+
+
+def test_gpus_that_nothing_uses_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="recray"):
+        cluster._check_size(Resources(), None, {"CPU": 4.0, "GPU": 2.0})
+        assert "the 2 GPUs that are there are not used" in caplog.text
+        caplog.clear()
+        cluster._check_size(Resources(gpus_per_worker=1), None, {"CPU": 4.0, "GPU": 2.0})
+        assert caplog.text == ""
+
+
 @pytest.mark.usefixtures("lonely")
 def test_workers_hear_of_threads_and_accelerator() -> None:
     environment = cluster.worker_environment(Resources(threads_per_worker=3))

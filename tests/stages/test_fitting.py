@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from recray.lm.scorer import ItemScorer, score_rows
 from recray.ranking.metrics import ndcg
 from recray.ranking.rows import lists, target_ranks
 from recray.stages import compare
-from recray.stages.alignment import Alignment, alignment, run_alignment
+from recray.stages.alignment import Alignment, alignment
+from recray.stages.comparing import Judging, Run, go_through
 from recray.stages.feed import unit_dataset
-from recray.stages.fitting import Fit, Fitted, run_fit
+from recray.stages.fitting import Fit, run_fit
 from recray.stages.flow import run_stages
 from recray.stages.recommender import open_from, validation_rows
 from recray.train.context import WorkerContext
@@ -196,22 +198,22 @@ def test_a_comparison_that_was_interrupted_goes_on_and_ranks_the_same_rows(
     aligned: Workspace, tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = Compare(objectives=("dpo", "napo margin=none"), seeds=1, steps=3)
-    pipeline = tiny_pipeline.model_copy(update={"compare": given})
-    fitted = []
+    pipeline = override(tiny_pipeline, settings=["resources.threads_per_worker=2"])  # one run after the other
+    pipeline = pipeline.model_copy(update={"compare": given})
+    done = []
 
-    def fit(setting: Alignment, resources: Resources, *, run: str, name: str) -> Fitted:
-        if len(fitted) == 1 and name not in fitted:
-            fitted.append(name)
-            raise RecrayError("the machine went away")
-        fitted.append(name)
-        return run_alignment(setting, resources, run=run, name=name)
+    def stopped(runs: list[tuple[Run, Alignment]], judging: Judging) -> Iterator[Run]:
+        for run in go_through(runs, judging):
+            done.append(run.method)
+            yield run
+            if len(done) == 1:
+                raise RecrayError("the machine went away")
 
-    monkeypatch.setattr(compare, "run_alignment", fit)
+    monkeypatch.setattr(compare, "go_through", stopped)
     with pytest.raises(RecrayError, match="went away"):
         run_stages(pipeline, aligned, ("compare",), force=NONE)
     run_stages(pipeline, aligned, ("compare",), force=NONE)
-    names = [f"compare {method}, seed 0" for method in given.objectives]
-    assert fitted == [names[0], names[1], names[1]]  # what was done is not done again
+    assert done == list(given.objectives)  # what was done is not done again
     runs = aligned.json("compare", "runs.json")
     assert [(run["method"], run["steps"]) for run in runs] == [("dpo", 3), ("napo margin=none", 3)]
     assert [point["step"] for point in runs[0]["curve"]] == [0, 3]

@@ -7,12 +7,11 @@ from recray.config import Align, Resources, Tune
 from recray.errors import ConfigError, DataError
 from recray.lm.layout import stream_layout
 from recray.space import Range
-from recray.stages.alone import units_ahead
+from recray.stages.alone import processes_at_once, units_ahead
 from recray.stages.searching import (
     Driver,
     Trials,
     lacking,
-    processes_at_once,
     refuse_missing_trackers,
     trials_at_once,
 )
