@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test mutants check bench format settings clean
+.PHONY: demo test mutants check cluster-check bench format settings clean
 
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
@@ -31,6 +31,12 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python cluster/check.py
+	$(BIN)/hadolint docker/Dockerfile
+
+# Cluster files alone, against the schemas of Ray, KubeRay and Kubernetes; also part of `check`.
+cluster-check: $(STAMP)
+	$(BIN)/python cluster/check.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

@@ -11,9 +11,11 @@ WORKSPACE/
   .cache/reference/PRINT/   scores of one model for one set of rows, in files that are only ever added; may be removed
 """
 
+import atexit
 import hashlib
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -127,12 +129,10 @@ class Workspace:
         self.fs.move(self.path(*folder, f".partial-{name}"), self.path(*parts))
 
     def folder(self, *parts: str) -> Path:
-        """Return a local copy of a folder; the folder itself where the workspace is local."""
+        """Return a local copy of a folder, to be read; the folder itself where the workspace is local."""
         if isinstance(self.fs, pafs.LocalFileSystem):
             return Path(self.path(*parts))
-        local = Path(tempfile.mkdtemp(prefix="recray-"))
-        pafs.copy_files(self.path(*parts), str(local), source_filesystem=self.fs)
-        return local
+        return _local_copy(self.fs, self.path(*parts))
 
     def put_folder(self, local: Path, *parts: str) -> None:
         """Copy a local folder to a place in the workspace, in place of what is there."""
@@ -267,6 +267,21 @@ class StageOutput:
         """Copy a local folder, a model say, into the stage."""
         self.fs.create_dir(self.path(name), recursive=True)
         pafs.copy_files(str(local), self.path(name), destination_filesystem=self.fs)
+
+
+_copies: dict[str, tuple[Any, Path]] = {}
+
+
+def _local_copy(fs: pafs.FileSystem, path: str) -> Path:
+    """Return a copy of a folder that goes when this process ends; made again when what is there has changed."""
+    found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    now = sorted((info.path, info.size, info.mtime_ns) for info in found if info.is_file)
+    if path not in _copies or _copies[path][0] != now:
+        folder = Path(tempfile.mkdtemp(prefix="recray-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        pafs.copy_files(path, str(folder), source_filesystem=fs)
+        _copies[path] = now, folder
+    return _copies[path][1]
 
 
 def _as_json(value: Any) -> bytes:

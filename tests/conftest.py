@@ -14,6 +14,9 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",  # tiny products wait longer for a second thread than they take
         "MPLBACKEND": "Agg",
+        # Of the object store below, which lets everybody in; and so that no test reaches an account.
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
         "RAY_DEDUP_LOGS": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -102,6 +105,23 @@ def recray_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"RECRAY_DATA={folder} is not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """The URI of a bucket on a server that speaks S3 over the loopback interface; `{}` stands for a folder's name."""
+    import pyarrow.fs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"region=us-east-1&scheme=http&endpoint_override={host}%3A{port}"
+    s3, _ = pyarrow.fs.FileSystem.from_uri(f"s3://recray?{options}&allow_bucket_creation=true")
+    s3.create_dir("recray")
+    yield f"s3://recray/{{}}?{options}"
+    server.stop()
 
 
 @pytest.fixture

@@ -156,6 +156,25 @@ def test_two_workers_under_zero_3_end_where_one_under_zero_1_does(copied: Worksp
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, one["step"])
 
 
+def test_a_run_on_an_object_store_is_the_run_on_a_disk(
+    aligned: Workspace, tiny_pipeline: Pipeline, object_store: str
+) -> None:
+    remote = Workspace(object_store.format("aligned"))
+    for stage in ("ingest", "sequences", "users", "negatives", "sft", "reference"):
+        remote.put_folder(Path(aligned.path(stage)), stage)
+    run_stages(tiny_pipeline, remote, ("align",), force=NONE)
+    there = Path(remote.folder("align"), "metrics.jsonl").read_text().splitlines()
+    times = {"seconds", "tokens_per_s", "data_wait_share"}
+    found = [
+        [{name: value for name, value in line.items() if name not in times} for line in lines]
+        for lines in (map(json.loads, there), metrics(aligned, "align"))
+    ]
+    assert found[0] == found[1]
+    assert remote.names(".training") == []
+    ours, theirs = (each.folder("align", "model") / "model.safetensors" for each in (remote, aligned))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_adapters_are_trained_handed_over_alone_and_merged(copied: Workspace, tiny_pipeline: Pipeline) -> None:
     settings = ["sft.lora.rank=4", "sft.passes=1", "align.lora.rank=2", "reference.source=adapter_off"]
     zero_3 = ["align.optimiser.zero_stage=3", "resources.num_workers=2", "align.steps=3"]

@@ -31,7 +31,7 @@ def test_what_a_trial_needs_is_what_it_holds() -> None:
     assert trials(small, alone=True).needs == {"CPU": 4.0}  # it computes there, with four threads
     fast = small.model_copy(update={"gpus_per_worker": 1.0})
     assert trials(fast, alone=False).needs["GPU"] == 2.0
-    assert trials(fast, alone=True).needs == {"CPU": 0.5, "GPU": 2.0}
+    assert trials(fast, alone=True).needs == {"CPU": 0.5, "GPU": 1.0}  # one process, one GPU
 
 
 def test_trials_leave_a_cpu_to_the_data() -> None:
