@@ -78,11 +78,11 @@ def main(command: str | None = None) -> None:
 
 def _own_error(error: Exception) -> RecrayError | None:
     """Return what recray itself has to say, looking into errors that Ray wrapped around it."""
-    if isinstance(error, RecrayError) or "ray" not in sys.modules:
-        return error if isinstance(error, RecrayError) else None
-    from recray.stages.cluster import own_error
+    if "ray" in sys.modules:  # whose wrapper is an instance of what it wraps, with a traceback for a text
+        from recray.stages.cluster import own_error
 
-    return own_error(error)
+        return own_error(error)
+    return error if isinstance(error, RecrayError) else None
 
 
 def _version(wanted: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray.exceptions import RayTaskError
 
 import recray.cli
 import recray.stages.cluster
@@ -16,7 +17,7 @@ import recray.stages.flow
 from pipelines.recipes import RECIPES, find
 from recray import __version__
 from recray.config import Pipeline
-from recray.errors import ConfigError, DataError
+from recray.errors import ConfigError, DataError, StopRequestedError
 from recray.schema import AUDIT
 from recray.stages.flow import MAIN_JOB, STAGES
 from recray.workspace import Workspace
@@ -246,3 +247,12 @@ def test_an_interrupted_run_says_how_to_go_on(recray_line: Terminal, tmp_path: P
     code, _, err = recray_line("sft", "--recipe", "demo", "--workspace", str(tmp_path / "w"))
     assert code == 130
     assert err == "interrupted; the same command goes on where this one was\n"
+
+
+def test_what_a_worker_refused_is_told_in_its_own_words(recray_line: Terminal, tmp_path: Path) -> None:
+    said = StopRequestedError("stopped as asked: the checkpoint of step 9 is written")
+    trace = f"Traceback (most recent call last):\n  File ...\nrecray.errors.StopRequestedError: {said}\n"
+    recray_line.error = RayTaskError("run", trace, said).as_instanceof_cause()
+    assert isinstance(recray_line.error, StopRequestedError)
+    code, _, err = recray_line("sft", "--recipe", "demo", "--workspace", str(tmp_path / "w"))
+    assert (code, err) == (143, f"error: {said}\n")

@@ -107,13 +107,13 @@ def _in_processes(runs: Sequence[tuple[Run, Alignment]], judging: Judging, board
     )(Runner)
     at_once = min(len(runs), processes_at_once(needs, nodes_alive()))
     logger.info("compare: %d runs left, %d side by side", len(runs), at_once)
-    idle, busy, waiting = [runner.remote(judging, board) for _ in range(at_once)], {}, deque(runs)
+    idle, busy, waiting = [runner.remote() for _ in range(at_once)], {}, deque(runs)
     everyone = list(idle)
     try:
         while waiting or busy:
             while waiting and idle:
                 actor = idle.pop()
-                busy[actor.run.remote(*waiting.popleft())] = actor
+                busy[actor.run.remote(*waiting.popleft(), judging, board)] = actor
             (ready,), _ = ray.wait(list(busy), num_returns=1)
             idle.append(busy.pop(ready))
             yield ray.get(ready)
@@ -128,16 +128,12 @@ def _in_processes(runs: Sequence[tuple[Run, Alignment]], judging: Judging, board
 class Runner:
     """A process that fits and ranks one run after another."""
 
-    def __init__(self, judging: Judging, board: Any) -> None:
-        self._judging, self._board = judging, board
-
-    def run(self, run: Run, setting: Alignment) -> Run:
+    def run(self, run: Run, setting: Alignment, judging: Judging, board: Any) -> Run:
         """Fit a run and rank the test rows with it; started again, it goes on from its checkpoint."""
         logger.info("%s starts", run)
         fit = fit_of(setting, run=run.name, name=f"compare {run.method}, seed {run.seed}")
-        resources = self._judging.resources
-        fitted, _ = fit_alone(fit, self._judging.workspace, resources, report=lambda _: None, board=self._board)
-        _finish(run, fitted, self._judging, _rank_here)
+        fitted, _ = fit_alone(fit, judging.workspace, judging.resources, report=lambda _: None, board=board)
+        _finish(run, fitted, judging, _rank_here)
         return run
 
 
