@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test mutants check cluster-check bench format settings clean
+.PHONY: demo test hosts quickstarts mutants check cluster-check bench format settings clean
 
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
@@ -12,6 +12,13 @@ demo: $(STAMP)
 # Two processes: one for tests on clusters, which mostly wait; tests/conftest.py says what goes where.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+# Both take Ray by its own commands, and ten to twenty minutes on two cores; a superuser for the hosts' networks.
+hosts: $(STAMP)
+	$(BIN)/python tests/ways/hosts.py
+
+quickstarts:
+	$(PYTHON) tests/ways/quickstarts.py
 
 # Faults done on purpose to a copy of the tree; the fast tests have to see each.
 mutants: $(STAMP)

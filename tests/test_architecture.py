@@ -27,6 +27,7 @@ SHARED_BY_STAGES = (
     "feed",
     "fitting",
     "board",
+    "collectives",
     "notice",
     "recommender",
     "alignment",

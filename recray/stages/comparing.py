@@ -107,8 +107,9 @@ def _in_processes(runs: Sequence[tuple[Run, Alignment]], judging: Judging, board
     )(Runner)
     at_once = min(len(runs), processes_at_once(needs, nodes_alive()))
     logger.info("compare: %d runs left, %d side by side", len(runs), at_once)
-    idle, busy, waiting = [runner.remote() for _ in range(at_once)], {}, deque(runs)
-    everyone = list(idle)
+    everyone = [runner.remote() for _ in range(at_once)]
+    idle, waiting = list(everyone), deque(runs)
+    busy: dict[Any, Any] = {}  # the runner of each result that is awaited
     try:
         while waiting or busy:
             while waiting and idle:

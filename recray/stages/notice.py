@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 from recray.stages.board import Board
+from recray.stages.collectives import NodesBackend, NodesTorch
 from recray.train.context import Notice
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ TOLD_BY = (signal.SIGTERM, signal.SIGINT)
 _told = threading.Event()
 
 
-class _ListeningBackend(_TorchBackend):  # type: ignore[misc]  # ray.train is untyped
+class _ListeningBackend(NodesBackend):
     """PyTorch's process group on workers that listen for SIGTERM.
 
     Ray puts its own handler in place as a worker starts, and runs the training function in a thread, which may not set
@@ -42,7 +42,7 @@ class _ListeningBackend(_TorchBackend):  # type: ignore[misc]  # ray.train is un
 
 
 @dataclass
-class ListeningTorch(TorchConfig):  # type: ignore[misc]
+class ListeningTorch(NodesTorch):
     """What workers' collectives run on; the workers take SIGTERM as a notice."""
 
     @property

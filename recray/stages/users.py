@@ -18,12 +18,13 @@ import ray.train.torch
 import torch
 from ray.data import ActorPoolStrategy, Dataset
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from recray.config import Users
 from recray.data.examples import aligned, list_arrays, matrix, met_in_training, sample_of
 from recray.errors import ModelError
 from recray.schema import CROSSFIT_ITEMS, CROSSFIT_ROWS, ITEM_VECTORS, ROW_VECTORS
+from recray.stages.collectives import NodesTorch
 from recray.stages.embedding import EmbedHistories, EmbedUnseen, lists_of, vectors_of_folds
 from recray.stages.flow import Job
 from recray.stages.group import backend, scaling
@@ -170,7 +171,7 @@ def _fit(job: Job, shape: Shape, folder: Path) -> None:
             "threads": resources.threads_per_worker,
         },
         scaling_config=scaling(resources),
-        torch_config=TorchConfig(backend=backend(resources)),
+        torch_config=NodesTorch(backend=backend(resources)),
         run_config=RunConfig(
             name=name,
             storage_path=job.workspace.path(".training"),

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import ray
 from recray.config import Resources
 from recray.errors import CatalogueError, ConfigError, DataError, ModelError, RecrayError
 from recray.stages import cluster
+from recray.stages.collectives import INTERFACE, interface_of, use_node_address
 
 
 @pytest.fixture
@@ -117,6 +119,21 @@ def test_an_address_where_somebody_listens_is_taken() -> None:
         cluster._knock(f"127.0.0.1:{server.getsockname()[1]}")
     for left_to_ray in ("auto", "ray://nowhere:10001"):
         cluster._knock(left_to_ray)
+
+
+def test_the_interface_with_an_address_is_found() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.7") is None
+
+
+def test_collectives_use_the_interface_that_ray_knows_the_node_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.delenv(INTERFACE, raising=False)
+    use_node_address()
+    assert os.environ[INTERFACE] == "lo"
+    monkeypatch.setenv(INTERFACE, "eth7")  # what the user says goes first
+    use_node_address()
+    assert os.environ[INTERFACE] == "eth7"
 
 
 def broken_batch(batch: dict[str, object]) -> dict[str, object]:
