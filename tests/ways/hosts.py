@@ -6,6 +6,7 @@ left alone. What was lost and how long it took is printed.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,10 @@ def main() -> None:
             with timed("a job that is left alone"):
                 jobs.submit("quiet", "--workspace", str(place / "quiet"), *TRAINERS)
                 expect(jobs.wait("quiet") == "SUCCEEDED", jobs.log("quiet")[-5000:])
-            with timed("a job that loses a host in `align`"):
+            shutil.copytree(
+                place / "quiet", place / "struck", ignore=shutil.ignore_patterns("align", "evaluate", "report")
+            )
+            with timed("a job that goes on from there, and loses a host in `align`"):
                 strike(jobs, others[-1], place / "struck")
             lines = [line for line in jobs.log("struck").splitlines() if "goes on from the checkpoint" in line]
             expect(len(lines) == 1, f"went on {len(lines)} times: {lines}")
