@@ -40,6 +40,8 @@ from recray.workspace import Workspace  # noqa: E402
 
 SMALL_ROWS, SMALL_ITEMS = 60, 30
 
+collect_ignore = ["ways"]  # scripts, which import each other as their own folder's
+
 # A first example may pay for imports and compilation; how long one takes is no fact about the code.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, ignore_patterns
 
 import numpy as np
 import pyarrow as pa
@@ -334,7 +334,7 @@ def test_a_model_with_another_tokenizer_is_refused_and_leaves_nothing(
 
 def test_an_unfinished_run_is_not_evaluated(prepared: Workspace, tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     copy = Workspace(str(tmp_path / "copy"))
-    copytree(prepared.root, copy.root)
+    copytree(prepared.root, copy.root, ignore=ignore_patterns("sft"))  # another test may have finished it there
     copytree(_model_folder(tmp_path / "model", seed=0), copy.path("sft", "model"))  # all there but the manifest
     with pytest.raises(WorkspaceError, match="holds no finished `sft`; run `recray sft`"):
         run_stages(tiny_pipeline, copy, ("evaluate",), force=frozenset())
