@@ -729,6 +729,7 @@ class Compare(Part):
     )
     steps: Steps | None = Field(None, description="Of each run. None: as align.")
     seconds: Seconds | None = Field(None, description="Of steps of each run, for equal time. None: as align.")
+    rows: Rows = Field(10_000, description="Most test rows that are ranked; a seeded sample of more.")
 
 
 class Resources(Part):

@@ -47,16 +47,20 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests on clusters first and those on the one local Ray second, the longest; each kind in one process.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep each kind in one process: those on the one local Ray, and every file whose tests share a fixture.
 
     So two processes (`make test`) share the work: while one waits for a node to be taken for dead, the other computes.
+    Said here and not where items are sorted, as there xdist has read the groups before.
     """
+    item.add_marker(pytest.mark.xdist_group(_kind(item)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests on clusters first and those on the one local Ray second, the longest."""
     kinds = {item: _kind(item) for item in items}
     items.sort(key=lambda item: (kinds[item] != "cluster", kinds[item] != "ray"))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(kinds[item]))
 
 
 def _kind(item: pytest.Item) -> str:

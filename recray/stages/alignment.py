@@ -1,5 +1,6 @@
 """Preference optimisation on Ray, for one setting: what `align` does once and `tune` many times."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,8 @@ from recray.workspace import Workspace
 
 AUDITED_STEPS = 20
 WHOLE = "whole.json"  # written last into a folder that is read only when it is whole
+
+_start_metrics: dict[Hashable, dict[str, float]] = {}  # see `start_once`
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,17 @@ def _reference_pass(setting: Alignment) -> ReferencePass | None:
     return None
 
 
+def start_once(start: Hashable, look: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what `look` finds, or found for the same start before in this process.
+
+    A search and a comparison fit many times in a process, all from one model; an adapter changes nothing before its
+    first step. Groups of workers are new processes for every fit, so that all ranks of one look, or none.
+    """
+    if start not in _start_metrics:
+        _start_metrics[start] = look()
+    return _start_metrics[start]
+
+
 def _work(setting: Alignment, context: WorkerContext, log: MetricsLog) -> Progress:
     """Fit the model on one rank."""
     workspace, part = setting.workspace, setting.part
@@ -272,6 +286,8 @@ def _work(setting: Alignment, context: WorkerContext, log: MetricsLog) -> Progre
     rows = validation_rows(workspace, part.validation_rows, setting.watch_seed)
     training = training_of(workspace)
     popularity = item_popularity(training.items, training.num_items)
+    came_from = [workspace.require(stage).fingerprint for stage in ("sequences", "sft")]
+    start = (workspace.root, *came_from, part.validation_rows, setting.watch_seed, part.tokens_per_micro_batch)
     centre = MarginCentre()
     step = None
     if part.objective.name != "sft":
@@ -281,6 +297,9 @@ def _work(setting: Alignment, context: WorkerContext, log: MetricsLog) -> Progre
         if step is None:
             return stream_step(engine, unit, learning_rate=rate)
         return step(engine, unit, learning_rate=rate)
+
+    def look() -> dict[str, float]:
+        return validate(engine, catalogue, rows, token_budget=part.tokens_per_micro_batch, popularity=popularity)
 
     plan = Plan(
         part.steps,
@@ -298,9 +317,7 @@ def _work(setting: Alignment, context: WorkerContext, log: MetricsLog) -> Progre
         context,
         plan,
         take_step=take_step,
-        validate=lambda: validate(
-            engine, catalogue, rows, token_budget=part.tokens_per_micro_batch, popularity=popularity
-        ),
+        validate=lambda number: start_once(start, look) if number == 0 else look(),
         log=log,
         centre=centre,
     )

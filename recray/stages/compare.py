@@ -14,6 +14,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from recray.config import Compare, variants
+from recray.data.examples import sample_of
 from recray.errors import DataError
 from recray.ranking.baselines import Cooccurrence, Popularity, item_popularity
 from recray.ranking.metrics import headline
@@ -42,7 +43,7 @@ def run(job: Job) -> None:
     """
     workspace = job.workspace
     refuse_other_reference(workspace)
-    test = workspace.table("sequences", "test").sort_by("row")
+    test = sample_of(workspace.table("sequences", "test"), job.part.rows, job.seed)
     if test.num_rows == 0:
         raise DataError("sequences/test has no rows, so there is nothing to compare on; see sequences.test_fraction")
     training = training_of(workspace)
@@ -50,12 +51,12 @@ def run(job: Job) -> None:
     name = f"compare-{job.fingerprint}"
     runs = _planned(job, name)
     examples = f"{name}-examples"
+    workspace.put_table(test, ".training", f"{name}-test", "part-0.parquet")
     write_examples(workspace, examples)  # again, though a run before may have: it may have been stopped in between
     # All before any of them starts: a setting that can't be run is refused now.
     settings = [alignment(workspace, each.part, each.seed, examples, watch_seed=job.seed) for each in runs]
-    judging = Judging(
-        workspace, job.resources, job.pipeline.evaluate.keep_ranked, job.pipeline.evaluate.tokens_per_micro_batch
-    )
+    chosen = job.pipeline.evaluate
+    judging = Judging(workspace, f"{name}-test", job.resources, chosen.keep_ranked, chosen.tokens_per_micro_batch)
     before = sum(workspace.exists(".training", each.done) for each in runs)
     logger.info("compare: %d runs, %d of them done before", len(runs), before)
     for number, _ in enumerate(go_through(list(zip(runs, settings, strict=True)), judging), before + 1):

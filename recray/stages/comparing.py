@@ -69,6 +69,7 @@ class Judging(NamedTuple):
     """How test rows are ranked."""
 
     workspace: Workspace
+    test: str  # folder below `.training`
     resources: Resources
     keep: int  # places of a ranking that are kept
     tokens_per_micro_batch: int
@@ -143,7 +144,7 @@ def rank_on_ray(model: str, open_scorer: OpenScorer, rows: str, judging: Judging
     workspace = judging.workspace
     workspace.remove(".training", rows)
     ranked = rank_on_replicas(
-        ray.data.read_parquet(workspace.path("sequences", "test"), filesystem=workspace.fs),
+        ray.data.read_parquet(workspace.path(".training", judging.test), filesystem=workspace.fs),
         model,
         open_scorer,
         keep=judging.keep,
@@ -156,7 +157,7 @@ def rank_on_ray(model: str, open_scorer: OpenScorer, rows: str, judging: Judging
 def _rank_here(model: str, open_scorer: OpenScorer, rows: str, judging: Judging) -> None:
     """Rank the test rows in this process, into a folder below `.training`."""
     rank = RankRows(model, open_scorer, judging.keep)
-    test = judging.workspace.table("sequences", "test").sort_by("row")
+    test = judging.workspace.table(".training", judging.test)
     ranked = [rank(test.slice(first, ROWS_AT_ONCE)) for first in range(0, test.num_rows, ROWS_AT_ONCE)]
     judging.workspace.put_table(pa.concat_tables(ranked), ".training", rows, "part-0.parquet")
 

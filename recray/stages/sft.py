@@ -210,7 +210,7 @@ def _work(
         context,
         plan,
         take_step=lambda engine, unit, rate: stream_step(engine, unit, learning_rate=rate),
-        validate=lambda: validate(engine, catalogue, rows, token_budget=part.tokens_per_micro_batch),
+        validate=lambda _: validate(engine, catalogue, rows, token_budget=part.tokens_per_micro_batch),
         log=log,
         centre=MarginCentre(),
     )

@@ -75,7 +75,7 @@ def fit(
     context: WorkerContext,
     plan: Plan,
     take_step: TakeStep,
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[int], dict[str, float]],
     log: MetricsLog,
     centre: MarginCentre,
 ) -> Progress:
@@ -106,7 +106,7 @@ class _Run:
         context: WorkerContext,
         plan: Plan,
         take_step: TakeStep,
-        validate: Callable[[], dict[str, float]],
+        validate: Callable[[int], dict[str, float]],
         log: MetricsLog,
         centre: MarginCentre,
     ) -> None:
@@ -235,7 +235,7 @@ class _Run:
     def look_up(self) -> None:
         """Validate, keep the best weights, report, and write a checkpoint."""
         progress = self.progress
-        metrics = self.validate()
+        metrics = self.validate(progress.step)
         self.context.progress(progress.step, self.plan.steps, "validated")
         progress.validated = progress.step
         if metrics[WATCHED] > progress.best:

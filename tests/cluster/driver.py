@@ -86,7 +86,7 @@ def work(
         context,
         plan,
         take_step=lambda engine, unit, rate: step(engine, unit, learning_rate=rate),
-        validate=lambda: {"ndcg@10": 0.1},
+        validate=lambda _: {"ndcg@10": 0.1},
         log=log,
         centre=centre,
     )

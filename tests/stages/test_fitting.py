@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recray.config import Compare, Pipeline, Resources, override
+from recray.data.examples import sample_of
 from recray.errors import ModelError, RecrayError, WorkspaceError
 from recray.lm.layout import stream_layout
 from recray.lm.lora import load_adapter
@@ -19,7 +20,7 @@ from recray.lm.scorer import ItemScorer, score_rows
 from recray.ranking.metrics import ndcg
 from recray.ranking.rows import lists, target_ranks
 from recray.stages import compare
-from recray.stages.alignment import Alignment, alignment
+from recray.stages.alignment import Alignment, alignment, start_once
 from recray.stages.comparing import Judging, Run, go_through
 from recray.stages.feed import unit_dataset
 from recray.stages.fitting import Fit, run_fit
@@ -213,10 +214,21 @@ def test_reference_scores_of_another_model_are_refused(aligned: Workspace, tiny_
         file.write_text(kept)
 
 
+def test_the_start_is_validated_once_a_process() -> None:
+    looks = []
+
+    def look() -> dict[str, float]:
+        looks.append(len(looks))
+        return {"ndcg@10": float(len(looks))}
+
+    found = [start_once(start, look)["ndcg@10"] for start in ("one model", "another", "one model")]
+    assert found == [1.0, 2.0, 1.0]
+
+
 def test_a_comparison_that_was_interrupted_goes_on_and_ranks_the_same_rows(
     aligned: Workspace, tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = Compare(objectives=("dpo", "napo margin=none"), seeds=1, steps=3)
+    given = Compare(objectives=("dpo", "napo margin=none"), seeds=1, steps=3, rows=10)
     pipeline = override(tiny_pipeline, settings=["resources.threads_per_worker=2"])  # one run after the other
     pipeline = pipeline.model_copy(update={"compare": given})
     done = []
@@ -239,7 +251,7 @@ def test_a_comparison_that_was_interrupted_goes_on_and_ranks_the_same_rows(
     models = {entry["model"]: entry for entry in aligned.json("compare", "metrics.json")}
     assert list(models) == ["popularity", "cooccurrence", "start", *given.objectives]
     # The start is ranked as the SFT model ranks the test rows.
-    test = aligned.table("sequences", "test")
+    test = sample_of(aligned.table("sequences", "test"), 10, tiny_pipeline.seed)
     model, catalogue = open_from(aligned, "sft", "model")
     candidates = lists(test["candidates"])
     scores = score_rows(
