@@ -1,13 +1,12 @@
 """Groups of processes that train in the small world."""
 
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_together
 
 RunGroup = Callable[[str, int, list[str]], None]
 
@@ -26,19 +25,7 @@ def run_group(folder: Path) -> RunGroup:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, Path(__file__).with_name(worker), folder, str(rank), str(world), str(port), *settings],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        outputs = [process.communicate(timeout=240)[0] for process in ranks]
-        for process, output in zip(ranks, outputs, strict=True):
-            assert process.returncode == 0, output[-3000:]
+        commands = [[folder, rank, world, port, *settings] for rank in range(world)]
+        run_together(Path(__file__).with_name(worker), commands, folder / f"printed-{port}")
 
     return run

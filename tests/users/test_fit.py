@@ -1,8 +1,6 @@
 """Fitting SASRec: it learns, stops, repeats itself, and doesn't care how many ranks there are."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +16,7 @@ from recray.users import fit as fitting
 from recray.users.fit import Validation, batch_of, fit, shuffled, validated
 from recray.users.ragged import from_lengths, padded, take, windows
 from recray.users.sasrec import SASRec, Shape, load
+from tests.processes import run_together
 from tests.users import walks
 
 SHAPE = Shape(walks.NUM_ITEMS, dim=16, layers=1, heads=2, max_history=8, dropout=0.1)
@@ -70,19 +69,12 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torch_alone() -> None:
 
 @pytest.mark.parametrize("sampler", ["", "popularity", " unseen"])
 def test_two_ranks_are_one(tmp_path: Path, sampler: str) -> None:
-    worker = str(Path(__file__).parent / "fit_worker.py")
-    running = []
-    for world in (1, 2):
-        for rank in range(world):
-            arguments = [rank, world, tmp_path / f"store-{world}", tmp_path / f"out-{world}", sampler]
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, worker, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-                )
-            )
-    for process in running:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output.decode()
+    commands = [
+        [rank, world, tmp_path / f"store-{world}", tmp_path / f"out-{world}", sampler]
+        for world in (1, 2)
+        for rank in range(world)
+    ]
+    run_together(Path(__file__).with_name("fit_worker.py"), commands, tmp_path / "printed")
     one, two = load(tmp_path / "out-1"), load(tmp_path / "out-2")
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
