@@ -52,6 +52,10 @@ ForceOption = Annotated[
     list[str] | None,
     typer.Option("--force", metavar="STAGE", help="Run it though it is up to date; repeatable."),
 ]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Refuse to begin: there has to be one with these settings that was stopped."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the whole run.")]
 AddressOption = Annotated[
     str | None,
@@ -215,7 +219,7 @@ def _add_command(name: str, stages: tuple[str, ...] | None, summary: str) -> Cal
 
 _add_command("run", None, "The whole job: every stage that is not up to date, then the report.")
 for _name, _summary in STAGE_HELP.items():
-    if _name not in ("audit", "compare"):
+    if _name not in ("audit", "compare", "tune"):
         _add_command(_name, (_name,), _summary)
 
 
@@ -255,6 +259,7 @@ def compare(
     seed: SeedOption = None,
     workers: WorkersOption = None,
     address: AddressOption = None,
+    resume: ResumeOption = False,
     objectives: Annotated[
         str | None,
         typer.Option("--objectives", metavar="A,B,...", help="Names, each with settings: 'dpo,napo margin=none'."),
@@ -273,11 +278,38 @@ def compare(
         asked.append(f"compare.seeds={seeds}")
     pipeline = resolve(recipe, data=data, file=config, settings=asked, seed=seed, workers=workers)
     _check_places(pipeline, needs_data=find(recipe).needs_data)
-    _run(pipeline, workspace, ("compare",), _check_names(force or []), address)
+    _run(pipeline, workspace, ("compare",), _check_names(force or []), address, resume=resume)
+
+
+@app.command("tune", help=STAGE_HELP["tune"])
+def tune(
+    recipe: RecipeOption,
+    workspace: WorkspaceOption,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    force: ForceOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Search in a workspace whose reference scores are there."""
+    from pipelines.recipes import find
+
+    pipeline = resolve(recipe, data=data, file=config, settings=settings, seed=seed, workers=workers)
+    _check_places(pipeline, needs_data=find(recipe).needs_data)
+    _run(pipeline, workspace, ("tune",), _check_names(force or []), address, resume=resume)
 
 
 def _run(
-    pipeline: "Pipeline", uri: str, stages: tuple[str, ...] | None, force: frozenset[str], address: str | None
+    pipeline: "Pipeline",
+    uri: str,
+    stages: tuple[str, ...] | None,
+    force: frozenset[str],
+    address: str | None,
+    *,
+    resume: bool = False,
 ) -> None:
     from functools import partial
 
@@ -292,7 +324,8 @@ def _run(
     log_lines()
     names = MAIN_JOB if stages is None else stages
     try:
-        run_stages(pipeline, workspace, names, force=force, ray=partial(connect, pipeline.resources, address))
+        ray = partial(connect, pipeline.resources, address)
+        run_stages(pipeline, workspace, names, force=force, resume=resume, ray=ray)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on where this one was", err=True)
         raise typer.Exit(128 + signal.SIGINT) from None

@@ -43,11 +43,14 @@ class Terminal:
         self.started_ray, self.address = True, address
         return nullcontext()
 
-    def _run_stages(self, pipeline: Pipeline, workspace: object, names: object, *, force: object, ray: Any) -> None:
+    def _run_stages(
+        self, pipeline: Pipeline, workspace: object, names: object, *, force: object, resume: bool, ray: Any
+    ) -> None:
         with ray():
             if self.error is not None:
                 raise self.error
-        self.ran.append({"pipeline": pipeline, "workspace": workspace, "names": names, "force": force})
+        found = {"pipeline": pipeline, "workspace": workspace, "names": names, "force": force, "resume": resume}
+        self.ran.append(found)
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         self._patch.setattr(sys, "argv", ["recray", *arguments])
@@ -240,6 +243,13 @@ def test_an_address_is_handed_to_ray(recray_line: Terminal, tmp_path: Path) -> N
     for command in ("sft", "run", "audit", "compare"):
         recray_line(command, "--recipe", "demo", "--workspace", str(tmp_path / command), "--address", "10.0.0.1:6379")
         assert recray_line.address == "10.0.0.1:6379", command
+
+
+@pytest.mark.parametrize("name", ["tune", "compare"])
+def test_what_may_only_go_on_is_told_so(name: str, recray_line: Terminal, tmp_path: Path) -> None:
+    for option in ([], ["--resume"]):
+        recray_line(name, "--recipe", "demo", "--workspace", str(tmp_path), *option)
+    assert [ran["resume"] for ran in recray_line.ran] == [False, True]
 
 
 def test_an_interrupted_run_says_how_to_go_on(recray_line: Terminal, tmp_path: Path) -> None:

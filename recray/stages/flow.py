@@ -71,6 +71,7 @@ def run_stages(
     names: tuple[str, ...],
     *,
     force: frozenset[str],
+    resume: bool = False,
     ray: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Run the named stages in order, skipping those that are up to date.
@@ -80,12 +81,14 @@ def run_stages(
         workspace: Where the stages meet.
         names: Stages, in the order of `STAGES`.
         force: Stages to run although they are up to date.
+        resume: Whether one that has to run, a search or a comparison, may only go on with what it had done before.
         ray: Holds a connection to Ray; entered when the first stage has to run. The default is for callers that hold
             one.
 
     Raises:
         ConfigError: if a name is no stage.
-        WorkspaceError: if the workspace is another run's or being written, or an input is missing or out of date.
+        WorkspaceError: if the workspace is another run's or being written, an input is missing or out of date, or there
+            is nothing to resume.
     """
     for name in (*names, *force):
         if name not in STAGES:
@@ -97,10 +100,22 @@ def run_stages(
             due = _due(pipeline, workspace, STAGES[name], force=name in force)
             if due is None:
                 continue
+            if resume:
+                _refuse_to_begin(workspace, name, due.fingerprint)
             if not connected:
                 stack.enter_context(ray())
                 connected = True
             _run_stage(pipeline, workspace, STAGES[name], due, lock)
+
+
+def _refuse_to_begin(workspace: Workspace, name: str, print_now: str) -> None:
+    kept = {entry.split("-")[1] for entry in workspace.names(".training") if entry.startswith(f"{name}-")}
+    if print_now not in kept:
+        others = f" (those of other settings are: {', '.join(sorted(kept))})" if kept else ""
+        raise WorkspaceError(
+            f"no `{name}` with these settings, {print_now}, was stopped in {workspace.uri}{others}; "
+            "without --resume one is begun"
+        )
 
 
 class _Due(NamedTuple):

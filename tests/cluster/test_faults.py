@@ -68,6 +68,7 @@ def quiet(drive: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("quiet")
     ended = drive(place)
     assert ended.status == 0, ended.output
+    (place / "log.txt").write_text(ended.output)
     return place
 
 
@@ -125,3 +126,11 @@ def test_faults_change_nothing(drive: Any, quiet: Path, small_disk: Path, worker
     assert "goes on from the checkpoint of step 15" in ended.output
     assert newest(place).world_size == 1
     assert_undisturbed(place, quiet, alike_to=15)
+
+
+def test_the_log_of_a_job_is_plain_lines(quiet: Path) -> None:
+    """No colours, no bars that are drawn anew: nothing that a file of lines can't show."""
+    log = (quiet / "log.txt").read_bytes().decode()
+    assert re.findall(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]", log) == []
+    assert "%|" not in log
+    assert "step 0: ndcg@10" in log
