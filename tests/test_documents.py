@@ -64,7 +64,7 @@ FOUND.append(
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What command lines ask for: settings and stages, with nothing run."""
     asked: list[Any] = []
-    monkeypatch.setattr(recray.cli, "_run", lambda pipeline, _, stages, *__: asked.append((pipeline, stages)))
+    monkeypatch.setattr(recray.cli, "_run", lambda pipeline, _, stages, *__, **___: asked.append((pipeline, stages)))
     monkeypatch.setattr(recray.cli, "_check_places", lambda *_, **__: None)
     monkeypatch.setattr(recray.cli, "_show_audit", lambda _: False)
     return asked
