@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
 from recray.config import Align, Resources
@@ -157,7 +158,7 @@ def rank_on_ray(model: str, open_scorer: OpenScorer, rows: str, judging: Judging
 def _rank_here(model: str, open_scorer: OpenScorer, rows: str, judging: Judging) -> None:
     """Rank the test rows in this process, into a folder below `.training`."""
     rank = RankRows(model, open_scorer, judging.keep)
-    test = judging.workspace.table(".training", judging.test)
+    test = pq.read_table(judging.workspace.path(".training", judging.test), filesystem=judging.workspace.fs)
     ranked = [rank(test.slice(first, ROWS_AT_ONCE)) for first in range(0, test.num_rows, ROWS_AT_ONCE)]
     judging.workspace.put_table(pa.concat_tables(ranked), ".training", rows, "part-0.parquet")
 
