@@ -72,7 +72,10 @@ OBJECTIVES: dict[str, Line] = {
     "napo": Line("napo:napo_loss", POOL, chosen=(*REFERENCE, *MARGINS, *SHARING)),
     "sdpo": Line("sdpo:sdpo_loss", OWN, chosen=(*REFERENCE, *DYNAMIC)),
     "dpo": Line("dpo:dpo_loss", FIRST, chosen=REFERENCE),
-    "cross_entropy": Line("cross_entropy:candidate_cross_entropy", OWN, chosen=REFERENCE),
+    # On log-ratios it is sdpo to the last bit, and so no control.
+    "cross_entropy": Line(
+        "cross_entropy:candidate_cross_entropy", OWN, chosen=REFERENCE, defaults={"reference": False}
+    ),
     "cpo": Line("cpo:cpo_loss", FIRST, ("beta", "nll_weight"), defaults={"nll_weight": 1.0}),
     "simpo": Line("simpo:simpo_loss", FIRST, ("beta", TARGET_MARGIN), defaults={"beta": 2.0, **BY_TOKEN}),
     "dmpo": Line("dmpo:dmpo_loss", OWN, chosen=(*REFERENCE, *DYNAMIC)),

@@ -68,6 +68,11 @@ def test_an_objective_has_its_own_defaults() -> None:
     assert laid("name=dpo").nll_weight == 0.0
 
 
+def test_a_control_learns_from_the_policy_alone() -> None:
+    """With a reference cross-entropy over the candidates would be S-DPO to the last bit, and control nothing."""
+    assert [Objective(name=name).uses_reference for name in ("sdpo", "cross_entropy", "bpr")] == [True, False, False]
+
+
 def test_under_another_objective_what_was_asked_for_stays_and_defaults_change() -> None:
     asked = override(PIPELINE, settings=["align.objective.beta=0.3", "align.objective.margin=none"])
     assert laid("name=simpo", over=asked).beta == 0.3
