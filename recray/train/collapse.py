@@ -27,7 +27,7 @@ class Collapse(NamedTuple):
             f"validation fell from {self.best:.4f} at step {self.best_step} to {self.last:.4f}, the loss from "
             f"{self.loss_then:.4f} to {self.loss_now:.4f}: what is learnt is no longer ranking. The best weights are "
             f"kept. Lower the learning rate or take fewer steps; where easy negatives take the gradient, harder or "
-            f"fewer of them, boundary=true, or an anchor (nll_weight)"
+            f"fewer of them (negatives.sampler=popularity), reference=false, boundary=true, or an anchor (nll_weight)"
         )
 
 
