@@ -5,7 +5,6 @@ from recray.config import (
     Ingest,
     LanguageModel,
     Negatives,
-    Objective,
     Optimiser,
     Pipeline,
     Prompt,
@@ -41,12 +40,9 @@ def demo() -> Pipeline:
             passes=5,
             validation_rows=256,
         ),
-        # Popular items as negatives, and the policy's own scores: uniform ones on log-ratios teach popularity, which the
-        # model knows (docs/lab.md).
-        negatives=Negatives(num=7, sampler="popularity"),
+        negatives=Negatives(num=7),
         align=Align(
-            objective=Objective(reference=False),
-            optimiser=Optimiser(learning_rate=1e-4),
+            optimiser=Optimiser(learning_rate=2e-4),
             global_batch=16,
             steps=100,
             validate_every=50,
