@@ -11,7 +11,7 @@ demo: $(STAMP)
 
 # Two processes: one for tests on clusters, which mostly wait; tests/conftest.py says what goes where.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 # Both take Ray by its own commands, and ten to twenty minutes on two cores; a superuser for the hosts' networks.
 hosts: $(STAMP)

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Set before anything imports torch, ray, deepspeed or a Hugging Face library: they read these once.
 os.environ.update(
@@ -40,6 +41,7 @@ from recray.workspace import Workspace  # noqa: E402
 
 SMALL_ROWS, SMALL_ITEMS = 60, 30
 
+WHOLE = ("tests/cluster/", "tests/stages/")
 collect_ignore = ["ways"]  # scripts, which import each other as their own folder's
 
 # A first example may pay for imports and compilation; how long one takes is no fact about the code.
@@ -47,26 +49,28 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep each kind in one process: those on the one local Ray, and every file whose tests share a fixture.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep each folder of `WHOLE` in one process of `make test`, elsewhere each file: their tests share fixtures.
 
-    So two processes (`make test`) share the work: while one waits for a node to be taken for dead, the other computes.
-    Said here and not where items are sorted, as there xdist has read the groups before.
+    So two processes share the work: while one waits for a node to be taken for dead, the other computes. Not by xdist's
+    own groups: 3.8 writes them into the ids of tests, where pytest 9.2 does not look.
     """
-    item.add_marker(pytest.mark.xdist_group(_kind(item)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in WHOLE if file.startswith(folder)), file)
+
+    return ByFolder(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests on clusters first and those on the one local Ray second, the longest."""
-    kinds = {item: _kind(item) for item in items}
-    items.sort(key=lambda item: (kinds[item] != "cluster", kinds[item] != "ray"))
-
-
-def _kind(item: pytest.Item) -> str:
-    if item.path.parent.name == "cluster":
-        return "cluster"
-    return "ray" if "ray_cluster" in getattr(item, "fixturenames", ()) else str(item.path)
+    """Put tests on clusters first and those of the stages on the one local Ray second, the longest."""
+    places = [*WHOLE, ""]
+    items.sort(key=lambda item: next(place for place, folder in enumerate(places) if item.nodeid.startswith(folder)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -33,6 +34,14 @@ def soon(found: Callable[[], float]) -> float:
     return found()
 
 
+def ask_for_a_minute(watch: Any) -> None:
+    """Ray may take a moment to end it."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        ray.get(watch.peak.remote())
+        time.sleep(0.2)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_memory_of_workers_counts_here_and_on_other_machines(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
@@ -50,8 +59,8 @@ def test_memory_of_workers_counts_here_and_on_other_machines(
     assert HELD_MIB / 1024 < largest < together
     assert HELD_MIB / 1024 < found["largest_process_gib"] < 2 * HELD_MIB / 1024
     assert found["peak_memory_gib"] > together  # the driver lives here
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(elsewhere.peak.remote())  # nothing is left behind
+    with pytest.raises(ray.exceptions.RayActorError):  # nothing is left behind
+        ask_for_a_minute(elsewhere)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -95,7 +95,7 @@ def run(
     seen = len([line for line in log.lines() if line["kind"] == "validation"])
     waiting = iter(scores[seen:])
     centre = MarginCentre()
-    progress = fit(engine, context, plan, partial(descend, centre), lambda: {"ndcg@10": next(waiting)}, log, centre)
+    progress = fit(engine, context, plan, partial(descend, centre), lambda _: {"ndcg@10": next(waiting)}, log, centre)
     return progress, engine, log
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_its_log_again(t
     engine = PlainEngine(nn.Linear(2, 2), weight_decay=0.0, clip_norm=1.0)
     scores, context = iter([0.1, 0.2]), Surroundings(tmp_path / "checkpoint")
     centre = MarginCentre()
-    fit(engine, context, plan_of(steps=3), partial(descend, centre), lambda: {"ndcg@10": next(scores)}, log, centre)
+    fit(engine, context, plan_of(steps=3), partial(descend, centre), lambda _: {"ndcg@10": next(scores)}, log, centre)
     told = [(line["step"], line["ndcg@10"]) for line in log.lines() if line["kind"] == "validation"]
     assert told == [(0, 0.1), (3, 0.2)]
 
