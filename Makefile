@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test hosts quickstarts mutants check cluster-check bench format settings clean
+.PHONY: demo test hosts quickstarts search mutants check cluster-check bench format settings clean
 
 demo: $(STAMP)
 	$(BIN)/recray run --recipe demo --workspace ./workspace-demo
@@ -13,12 +13,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-# Both take Ray by its own commands, and ten to twenty minutes on two cores; a superuser for the hosts' networks.
+# All three take Ray by its own commands, and ten to twenty minutes on two cores; a superuser for the hosts' networks.
 hosts: $(STAMP)
 	$(BIN)/python tests/ways/hosts.py
 
 quickstarts:
 	$(PYTHON) tests/ways/quickstarts.py
+
+search: $(STAMP)
+	$(BIN)/python tests/ways/search.py
 
 # Faults done on purpose to a copy of the tree; the fast tests have to see each.
 mutants: $(STAMP)

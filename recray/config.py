@@ -202,13 +202,36 @@ class Users(Chosen):
     )
     sampled_negatives: Items = Field(256, description="For sampled_softmax; shared by a batch.")
     sampler: Literal[
-        "uniform", "popularity", "inverse_popularity", "in_batch", "mixed", "adaptive", "adaptive_mixed"
+        "uniform",
+        "popularity",
+        "inverse_popularity",
+        "in_batch",
+        "mixed",
+        "adaptive",
+        "adaptive_mixed",
+        "same_category",
+        "nearest",
+        "self_play",
+        "top_k_stochastic",
     ] = Field("popularity", description="Of sampled negatives; for sampled_softmax.")
     exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
     uniform_share: Fraction = Field(0.5, description="Of sampled negatives, for mixed and adaptive_mixed.")
     hardest: Items = Field(
-        64, description="Of the sampled negatives, those a target is compared with; for adaptive and adaptive_mixed."
+        64,
+        description="Items of highest score that a target is compared with: of the sampled negatives for adaptive and "
+        "adaptive_mixed, of the catalogue for self_play.",
     )
+    listed: Items = Field(
+        15,
+        description="Negatives of a target's own, others in every step; for same_category, nearest, top_k_stochastic.",
+    )
+    nearest_from: Annotated[Count, Unit("rank")] = Field(
+        11, description="Rank of nearness to the target, 1 the nearest item; for nearest."
+    )
+    nearest_to: Annotated[Count, Unit("rank")] = Field(
+        100, description="The last rank that is drawn from; for nearest."
+    )
+    top_k: Items = Field(30, description="Items of highest score that are drawn from, for top_k_stochastic.")
     passes: Passes = Field(30, description="Most, over all histories.")
     patience: Passes = Field(3, description="Without a better validation NDCG@10, after which it stops.")
     global_batch: Annotated[Count, Unit("windows")] = Field(128, description="Windows of histories a step.")
@@ -229,19 +252,34 @@ class Users(Chosen):
     @property
     def idle(self) -> tuple[str, ...]:
         """Settings of other losses or samplers."""
+        listing = ("same_category", "nearest", "top_k_stochastic")
         of_samplers = {
             "exponent": ("popularity", "inverse_popularity"),
             "uniform_share": ("mixed", "adaptive_mixed"),
-            "hardest": ("adaptive", "adaptive_mixed"),
+            "hardest": ("adaptive", "adaptive_mixed", "self_play"),
+            "listed": listing,
+            "nearest_from": ("nearest",),
+            "nearest_to": ("nearest",),
+            "top_k": ("top_k_stochastic",),
         }
         if self.loss == "full_softmax":
             return ("sampler", *of_samplers)
-        return tuple(name for name, samplers in of_samplers.items() if self.sampler not in samplers)
+        idle = tuple(name for name, samplers in of_samplers.items() if self.sampler not in samplers)
+        return (*idle, "sampled_negatives") if self.sampler in (*listing, "self_play") else idle
 
     @model_validator(mode="after")
-    def _hardest_are_among_the_sampled(self) -> Self:
-        if "hardest" not in self.idle and self.hardest > self.sampled_negatives:
-            raise _refused(f"hardest: {self.hardest}, more than users.sampled_negatives, {self.sampled_negatives}")
+    def _there_are_enough(self) -> Self:
+        among = {
+            "adaptive": ("hardest", self.sampled_negatives, "users.sampled_negatives"),
+            "adaptive_mixed": ("hardest", self.sampled_negatives, "users.sampled_negatives"),
+            "nearest": ("listed", self.nearest_to - self.nearest_from + 1, "the ranks from nearest_from to nearest_to"),
+            "top_k_stochastic": ("listed", self.top_k, "users.top_k"),
+        }.get(self.sampler)
+        if self.loss == "full_softmax" or among is None:
+            return self
+        name, most, of_what = among
+        if getattr(self, name) > most:
+            raise _refused(f"{name}: {getattr(self, name)}, more than {of_what}, {max(0, most)}")
         return self
 
 

@@ -6,11 +6,13 @@ Axes: R rows, N negatives a row, M items met, I items, T all rows, S sets of gen
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from recray.negatives.draws import Drawn, contains, distinct
 from recray.negatives.lists import Targets, filled, places
+from recray.ranking import genres as of_catalogue
 from recray.users.ragged import Ragged, take
 
 
@@ -34,9 +36,19 @@ def genres_of(items: Int[ndarray, " E"], genres: Int[ndarray, " E"], num_items: 
     numbers: dict[tuple[int, ...], int] = {}
     set_of_item = np.full(num_items, -1, dtype=np.int64)
     named, firsts = np.unique(items, return_index=True)
-    for item, own in zip(named.tolist(), np.split(genres, firsts[1:]), strict=True):
+    apart = np.split(genres, firsts)[1:]  # what stands before the first is empty
+    for item, own in zip(named.tolist(), apart, strict=True):
         set_of_item[item] = numbers.setdefault(tuple(own.tolist()), len(numbers))
     return Genres(set_of_item, items, genres, list(numbers))
+
+
+def genres_of_items(lists: pa.ListArray | pa.ChunkedArray) -> Genres:
+    """Return the sets of genres of a catalogue's items, [I] lists of names in item order; null: none."""
+    lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+    named = of_catalogue.Genres.of(
+        np.asarray(lists.flatten()), np.asarray(lists.value_lengths().fill_null(0), dtype=np.int64)
+    )
+    return genres_of(named.items, named.genres, len(lists))
 
 
 def draw(

@@ -17,8 +17,7 @@ from recray.negatives.lists import Targets
 from recray.negatives.met import ItemsOfUsers, encounters, held_out, liked_but_never_met, met_in_training, of_rows
 from recray.negatives.nearest import neighbours
 from recray.negatives.registry import SAMPLERS, Prepared, needs_of, prepared
-from recray.negatives.same_category import Genres, genres_of
-from recray.ranking import genres as catalogue_genres
+from recray.negatives.same_category import Genres, genres_of_items
 from recray.schema import COUNTED_NEGATIVES, NEGATIVES, POOLS
 from recray.stages.flow import Job
 from recray.stages.rowwise import read_rows, write_rows
@@ -101,12 +100,7 @@ def _told(job: Job, examples: pa.Table, frequency: np.ndarray, met_ref: ray.Obje
 
 
 def _genres(job: Job) -> Genres:
-    items = job.workspace.table("ingest", "items", ["item", "genres"]).sort_by("item")
-    lists = items["genres"].combine_chunks()
-    named = catalogue_genres.Genres.of(
-        np.asarray(lists.flatten()), np.asarray(lists.value_lengths().fill_null(0), dtype=np.int64)
-    )
-    return genres_of(named.items, named.genres, items.num_rows)
+    return genres_of_items(job.workspace.table("ingest", "items", ["item", "genres"]).sort_by("item")["genres"])
 
 
 def _item_vectors(job: Job) -> np.ndarray:

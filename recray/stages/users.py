@@ -23,6 +23,7 @@ from ray.train.torch import TorchTrainer
 from recray.config import Users
 from recray.data.examples import aligned, list_arrays, matrix, met_in_training, sample_of
 from recray.errors import ModelError
+from recray.negatives.same_category import Genres, genres_of_items
 from recray.schema import CROSSFIT_ITEMS, CROSSFIT_ROWS, ITEM_VECTORS, ROW_VECTORS
 from recray.stages.collectives import NodesTorch
 from recray.stages.embedding import EmbedHistories, EmbedUnseen, lists_of, vectors_of_folds
@@ -195,12 +196,13 @@ def _fit_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
     leads = ray.train.get_context().get_world_rank() == 0
     whole = _log(config["workspace"], config["seed"])
+    genres = _genres(config["workspace"]) if "listed" not in settings.idle else None
     with tempfile.TemporaryDirectory(prefix="recray-sasrec-") as local:
         for fold, name in enumerate(names_of(settings.folds), -1):
             log, own = (whole, settings) if name == WHOLE else (without(fold, whole), in_as_many_steps(settings))
             model = SASRec(config["shape"], seed=config["seed"]).to(ray.train.torch.get_device())
             tell = partial(_tell, own.passes, None if name == WHOLE else fold) if leads else _silent
-            curve = fit(model, log.histories, log.validation, own, seed=config["seed"], report=tell)
+            curve = fit(model, log.histories, log.validation, own, seed=config["seed"], report=tell, genres=genres)
             if leads:
                 save(model, Path(local) / name)
                 (Path(local) / name / CURVE).write_text(json.dumps(curve), encoding="utf-8")
@@ -218,6 +220,10 @@ def _log(workspace: Workspace, seed: int) -> Log:
         ),
         *(folds_of(table["user_id"], seed=seed) for table in (histories, rows)),
     )
+
+
+def _genres(workspace: Workspace) -> Genres:
+    return genres_of_items(workspace.table("ingest", "items", ["item", "genres"]).sort_by("item")["genres"])
 
 
 def _silent(line: dict[str, Any]) -> None:

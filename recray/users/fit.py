@@ -22,9 +22,12 @@ from torch import Tensor
 from recray.config import Users
 from recray.distributed.collectives import sum_over_ranks, world
 from recray.errors import DataError, ModelError
+from recray.negatives.same_category import Genres
 from recray.ranking.metrics import hit_rate, ndcg, ranks
 from recray.train.order import Order, rows_of_step
-from recray.users.losses import full_softmax, hardest_softmax, sampled_softmax
+from recray.users.losses import full_softmax, hardest_softmax, listed_softmax, sampled_softmax
+from recray.users.own_lists import SAMPLERS as OF_ITS_OWN
+from recray.users.own_lists import Lists, lists_of
 from recray.users.ragged import Ragged, from_lengths, padded, take, windows
 from recray.users.sampling import HARDEST, proposal
 from recray.users.sasrec import SASRec, user_vectors
@@ -51,10 +54,23 @@ class Batch(NamedTuple):
     lengths: Int[Tensor, " R"]
     tokens: Int[Tensor, " T"]  # places in the flattened states
     targets: Int[Tensor, " T"]
+    windows: Int[Tensor, "R L1"]  # inputs and the last item; a short one repeats its first
+
+    @property
+    def around(self) -> Int[Tensor, "T L1"]:
+        """The items of each target's window."""
+        return self.windows[self.tokens // self.windows.shape[1]]
 
 
 def fit(
-    model: SASRec, histories: Ragged, validation: Validation, settings: Users, *, seed: int, report: Report
+    model: SASRec,
+    histories: Ragged,
+    validation: Validation,
+    settings: Users,
+    *,
+    seed: int,
+    report: Report,
+    genres: Genres | None = None,
 ) -> list[dict[str, Any]]:
     """Fit `model` in place, leave it with the weights of its best pass, and return the curve, one dict a pass.
 
@@ -71,9 +87,10 @@ def fit(
         settings: loss, batch, shuffles, optimiser and patience.
         seed: of the order of batches, the shuffles, the sampled negatives and dropout.
         report: called with each pass's line, on every rank, equally often.
+        genres: of the items; for negatives of the same category.
 
     Raises:
-        DataError: if there is nothing to learn from or to validate on.
+        DataError: if there is nothing to learn from or to validate on, or the catalogue lacks what the sampler draws.
         ModelError: if the loss is no longer finite.
     """
     if not histories.lengths.any() or validation.histories.num_lists == 0:
@@ -81,7 +98,7 @@ def fit(
             f"SASRec needs training histories and validation rows, got {histories.lengths.sum()} items and "
             f"{validation.histories.num_lists} validation rows; the split leaves too little"
         )
-    trainer = _Trainer(model, histories, settings, seed)
+    trainer = _Trainer(model, histories, settings, seed, genres)
     curve: list[dict[str, Any]] = []
     best = _Best(-math.inf, 0, _copy(model))
     devices = [model.start.device] if model.start.is_cuda else []
@@ -115,7 +132,9 @@ class _Best(NamedTuple):
 class _Trainer:
     """One rank's steps."""
 
-    def __init__(self, model: SASRec, histories: Ragged, settings: Users, seed: int) -> None:
+    def __init__(
+        self, model: SASRec, histories: Ragged, settings: Users, seed: int, genres: Genres | None = None
+    ) -> None:
         self.model, self.histories, self.settings, self.seed = model, histories, settings, seed
         self.width = model.shape.max_history + 1
         self.rows = windows(histories, self.width)
@@ -125,13 +144,17 @@ class _Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.proposal = proposal(
-            settings.sampler,
-            np.bincount(self.rows.items, minlength=model.shape.num_items),
-            settings.sampled_negatives,
-            exponent=settings.exponent,
-            uniform_share=settings.uniform_share,
-        )
+        self.lists: Lists | None = None
+        if settings.loss == "sampled_softmax" and settings.sampler in OF_ITS_OWN:
+            self.lists = lists_of(settings, model.shape.num_items, genres)
+        else:
+            self.proposal = proposal(
+                settings.sampler,
+                np.bincount(self.rows.items, minlength=model.shape.num_items),
+                settings.sampled_negatives,
+                exponent=settings.exponent,
+                uniform_share=settings.uniform_share,
+            )
 
     def one_pass(self, number: int) -> float:
         """Take the steps of this pass, counted from 1, and return the mean loss of a target, in nats."""
@@ -172,8 +195,10 @@ class _Trainer:
         table = self.model.items.weight
         if self.settings.loss == "full_softmax":
             return full_softmax(states, table, batch.targets), len(batch.targets)
-        loss = self.sampled(states, table, batch.targets, step)
-        return loss, len(batch.targets)
+        if self.lists is None:
+            return self.sampled(states, table, batch.targets, step), len(batch.targets)
+        own = self.lists.of(states, table, batch.targets, batch.around, seed=self.seed, step=step)
+        return listed_softmax(states, table, batch.targets, *own), len(batch.targets)
 
     def sampled(
         self, states: Float[Tensor, "T D"], table: Float[Tensor, "I D"], targets: Int[Tensor, " T"], step: int
@@ -220,7 +245,8 @@ def batch_of(rows: Ragged, device: torch.device) -> Batch:
     tokens = torch.from_numpy(np.flatnonzero(valid)).to(device)
     lengths = torch.from_numpy(rows.lengths - 1).to(device)
     # The model puts its start first, so its state at a place is the one before that place's item.
-    return Batch(every[:, :-1], lengths, tokens, every.flatten()[tokens])
+    held = torch.where(torch.from_numpy(valid).to(device), every, every[:, :1])
+    return Batch(every[:, :-1], lengths, tokens, every.flatten()[tokens], held)
 
 
 def validated(model: SASRec, validation: Validation, *, rows_at_once: int = 512) -> tuple[float, float]:

@@ -5,6 +5,7 @@ Axes:
     D  width of states and item vectors
     I  items of the catalogue
     S  sampled negatives, shared by a batch
+    P  negatives of a token's own
 
 Each returns a sum, so that the caller may divide by the token count of the global batch.
 """
@@ -12,7 +13,7 @@ Each returns a sum, so that the caller may divide by the token count of the glob
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -140,4 +141,31 @@ def hardest_softmax(
     logits = (states @ items[negatives].T).masked_fill(negatives == targets[:, None], -torch.inf)
     kept = logits.topk(min(hardest, len(negatives)), dim=1).values
     every = torch.cat([positive[:, None], kept], dim=1)
+    return (every.logsumexp(dim=1) - positive).sum()
+
+
+def listed_softmax(
+    states: Float[Tensor, "T D"],
+    items: Float[Tensor, "I D"],
+    targets: Int[Tensor, " T"],
+    negatives: Int[Tensor, "T P"],
+    usable: Bool[Tensor, "T P"],
+) -> Float[Tensor, ""]:
+    r"""Return the summed cross-entropy of the targets among themselves and negatives of their own, in nats.
+
+        sum_t  log( exp(h_t . v_{y_t})  +  sum_{p usable} exp(h_t . v_{n_tp}) )  -  h_t . v_{y_t}
+
+    0, without a gradient, for a token that has no usable negative. Nothing is corrected for how often an item is drawn,
+    as in `hardest_softmax`.
+
+    Args:
+        states: [T, D] h, one a token.
+        items: [I, D] v, the whole catalogue.
+        targets: [T] y, the item that came next.
+        negatives: [T, P] n.
+        usable: [T, P] which of them count; of what is not, no gradient comes.
+    """
+    positive = (states * items[targets]).sum(dim=1)
+    logits = torch.einsum("td,tpd->tp", states, items[negatives]).masked_fill(~usable, -torch.inf)
+    every = torch.cat([positive[:, None], logits], dim=1)
     return (every.logsumexp(dim=1) - positive).sum()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from recray.config import Negatives
@@ -233,6 +234,15 @@ def test_adaptive_mixed_reaches_beyond_the_batch(known: Known) -> None:
     found = prepared("adaptive_mixed", facts).draw(np.arange(60), *_met(members), num=4, seed=5).negatives
     inside = [(item in facts["batches"].of(np.array([row]))[0]) for row in range(60) for item in found[row]]
     assert 0.05 < np.mean(inside) < 0.95
+
+
+def test_a_catalogue_without_genres_has_no_sets_of_them() -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    found = same_category.genres_of(nothing, nothing, 3)
+    assert found.sets == []
+    assert found.set_of_item.tolist() == [-1, -1, -1]
+    named = same_category.genres_of_items(pa.array([["Drama"], None, ["Noir", "Drama", "Drama"]]))
+    assert [named.sets[which] if which >= 0 else () for which in named.set_of_item] == [(0,), (), (0, 1)]
 
 
 def test_same_category_is_uniform_among_items_that_share_a_genre() -> None:

@@ -12,6 +12,7 @@ from recray.config import Negatives, Part, Pipeline, Resources, Users
 from recray.errors import DataError
 from recray.negatives.met import met_in_training
 from recray.negatives.registry import SAMPLERS
+from recray.negatives.same_category import genres_of
 from recray.schema import (
     CATALOGUE,
     COUNTED_NEGATIVES,
@@ -47,6 +48,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "nearest": {"nearest_from": 2, "nearest_to": 24},
 }
 SETTINGS = Users(dim=16, heads=2, layers=1, passes=3, global_batch=16, max_history=8, dropout=0.0)
+# With negatives that the workers need the catalogue's genres for.
+IN_FOLDS = SETTINGS.model_copy(update={"folds": 2, "loss": "sampled_softmax", "sampler": "same_category", "listed": 9})
 
 
 def _walk(rng: np.random.Generator, length: int) -> list[int]:
@@ -218,7 +221,7 @@ def test_negatives_that_can_not_be_drawn_are_refused_and_leave_nothing(small: Wo
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("folds", [1, 2])
 def test_users_are_the_models_own_vectors(small: Workspace, folds: int) -> None:
-    manifest = _run(users_stage.run, small, "users", SETTINGS.model_copy(update={"folds": folds}))
+    manifest = _run(users_stage.run, small, "users", IN_FOLDS if folds == 2 else SETTINGS)
     model = load(small.folder("users", "model"))
     items = small.table("users", "items")
     assert items.schema.remove_metadata() == ITEM_VECTORS
@@ -274,8 +277,9 @@ def _check_folds(workspace: Workspace) -> None:
         left = Validation(
             from_arrow(asked["history"]), from_arrow(asked["candidates"]), np.array(asked["target"], dtype=np.int32)
         )
-        settings = SETTINGS.model_copy(update={"passes": 6, "patience": 6})  # half the users a pass: as many steps
-        fit(again, from_arrow(others["items"]), left, settings, seed=3, report=lambda _: None)
+        settings = IN_FOLDS.model_copy(update={"passes": 6, "patience": 6})  # half the users a pass: as many steps
+        genres = genres_of(np.arange(NUM_ITEMS), np.arange(NUM_ITEMS) % 3, NUM_ITEMS)
+        fit(again, from_arrow(others["items"]), left, settings, seed=3, report=lambda _: None, genres=genres)
         np.testing.assert_allclose(item_vectors(again), vectors, atol=1e-4)
 
 

@@ -10,9 +10,11 @@ import torch
 
 from recray.config import Users
 from recray.errors import DataError, ModelError
+from recray.negatives.same_category import genres_of
 from recray.ranking.metrics import ndcg, ranks
 from recray.train.order import Order, rows_of_step
 from recray.users import fit as fitting
+from recray.users import own_lists
 from recray.users.fit import Validation, batch_of, fit, shuffled, validated
 from recray.users.ragged import from_lengths, padded, take, windows
 from recray.users.sasrec import SASRec, Shape, load
@@ -21,17 +23,26 @@ from tests.users import walks
 
 SHAPE = Shape(walks.NUM_ITEMS, dim=16, layers=1, heads=2, max_history=8, dropout=0.1)
 
+SHARED = {"sampled_negatives": 64}
+OF_SAMPLERS = {
+    "nearest": {"nearest_from": 1, "nearest_to": 40, "listed": 20},
+    "self_play": {"hardest": 10},
+    "top_k_stochastic": {"top_k": 30, "listed": 10},
+}
+
 
 def _settings(**changes: Any) -> Users:
     return Users(**{"global_batch": 16, "learning_rate": 1e-2, "passes": 12, "dropout": 0.1, **changes})
 
 
-@pytest.mark.parametrize("sampler", ["", "popularity", "in_batch", "adaptive_mixed"])
+@pytest.mark.parametrize(
+    "sampler", ["", "popularity", "in_batch", "adaptive_mixed", "nearest", "self_play", "top_k_stochastic"]
+)
 def test_learns_a_rule_that_popularity_can_not(sampler: str) -> None:
     histories, validation = walks.histories_and_validation()
     model = SASRec(SHAPE, seed=0)
     lines: list[dict[str, Any]] = []
-    sampled = {"loss": "sampled_softmax", "sampler": sampler, "sampled_negatives": 64} if sampler else {}
+    sampled = {"loss": "sampled_softmax", "sampler": sampler, **OF_SAMPLERS.get(sampler, SHARED)} if sampler else {}
     curve = fit(model, histories, validation, _settings(**sampled), seed=0, report=lines.append)
     assert lines == curve
     candidates, valid = padded(validation.candidates)
@@ -87,9 +98,11 @@ def test_two_ranks_are_one(tmp_path: Path, sampler: str) -> None:
 @pytest.mark.parametrize("sampler", get_args(Users.model_fields["sampler"].annotation))
 def test_the_loss_of_a_batch_is_the_sum_over_its_ranks(sampler: str) -> None:
     histories, _ = walks.histories_and_validation(20)
+    shared = {} if sampler in own_lists.SAMPLERS else {"sampled_negatives": 16}
     hard = {"hardest": 5} if sampler.startswith("adaptive") else {}
-    settings = _settings(loss="sampled_softmax", sampler=sampler, sampled_negatives=16, global_batch=9, **hard)
-    trainer = fitting._Trainer(SASRec(SHAPE, seed=0).eval(), histories, settings, 0)
+    settings = _settings(loss="sampled_softmax", sampler=sampler, global_batch=9, **shared, **hard)
+    genres = genres_of(np.arange(walks.NUM_ITEMS), np.arange(walks.NUM_ITEMS) % 3, walks.NUM_ITEMS)
+    trainer = fitting._Trainer(SASRec(SHAPE, seed=0).eval(), histories, settings, 0, genres)
     mine = rows_of_step(trainer.order, 2)
     whole, targets = trainer.loss(mine, 2)
     shares = [trainer.loss(mine[rank::4], 2) for rank in range(4)]
@@ -116,6 +129,7 @@ def test_every_item_is_predicted_from_the_items_before_it() -> None:
     assert batch.inputs[0].tolist() == [5, 6]
     assert batch.inputs[1, :1].tolist() == [8]  # the last item of a window is a target only
     assert batch.targets.tolist() == [5, 6, 7, 8, 9]
+    assert batch.around.tolist() == [[5, 6, 7]] * 3 + [[8, 9, 8]] * 2
     model = SASRec(SHAPE, seed=0).eval()
     states = model(batch.inputs, batch.lengths).flatten(0, 1)[batch.tokens]
     alone = [([5, 6, 7], 0), ([5, 6, 7], 1), ([5, 6, 7], 2), ([8, 9], 0), ([8, 9], 1)]

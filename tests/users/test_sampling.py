@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from recray.config import Users
+from recray.config import Negatives, Users
+from recray.users import own_lists
 from recray.users.losses import full_softmax, sampled_softmax
 from recray.users.sampling import HARDEST, IN_BATCH, MIXED, proposal
 
 COUNTS = np.array([8, 4, 2, 1, 0])
-SAMPLERS = get_args(Users.model_fields["sampler"].annotation)
+SAMPLERS = [name for name in get_args(Users.model_fields["sampler"].annotation) if name not in own_lists.SAMPLERS]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_every_sampler_of_the_settings_is_known() -> None:
     for sampler in SAMPLERS:
         assert proposal(sampler, COUNTS, 10).chance.sum() == pytest.approx(1)
     assert {*IN_BATCH, *MIXED, *HARDEST} < set(SAMPLERS)
+    assert set(own_lists.SAMPLERS) < set(Negatives.samplers()) == {*SAMPLERS, *own_lists.SAMPLERS}
     with pytest.raises(ValueError, match="no sampler 'nearest' for SASRec"):
         proposal("nearest", COUNTS, 10)
 
