@@ -31,6 +31,7 @@ MARGINS = ("tests/objectives/test_margins.py", "tests/objectives/test_sharing.py
 STEP = ("tests/train/test_step.py", "-k", "autograd or global_batch or borrowers_in_the or sums_over")
 REUSE = ("tests/train/test_reuse.py", "-k", "by_itself or neither or padding")
 CHUNKS = ("tests/train/test_step.py", "-k", "borrowers_taken_in_chunks")
+OWN_LISTS = ("tests/users/test_own_lists.py",)
 FAILED = 1  # pytest's status where tests ran and some failed; others mean that they did not run
 
 
@@ -289,6 +290,12 @@ FAULTS = (
         "if not self._settings.uses_reference:",
         "if self._settings.uses_reference:",
         STEP,
+    ),
+    Fault("inverted mask: window", "users/own_lists.py", "return negatives, ~(", "return negatives, (", OWN_LISTS),
+    Fault("inverted mask: listed", "users/losses.py", "masked_fill(~usable", "masked_fill(usable", OWN_LISTS),
+    Fault("barred first", "users/own_lists.py", "+ chunk], -torch.inf)", "+ chunk], torch.inf)", OWN_LISTS),
+    Fault(
+        "detached negatives: listed", "users/losses.py", "items[negatives])", "items[negatives].detach())", OWN_LISTS
     ),
 )
 
