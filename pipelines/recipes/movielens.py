@@ -16,7 +16,7 @@ def movielens() -> Pipeline:
             test_fraction=0.1,
             # With one cut for all, few users (the late ones) hold many held-out rows: keep enough of each for
             # narrow intervals, which are clustered by user.
-            targets_per_user=60,
+            targets_per_user=20,
             examples_per_user=20,
             num_candidates=100,
         ),
@@ -28,7 +28,6 @@ def movielens() -> Pipeline:
             model=LanguageModel(
                 hidden_size=128, layers=4, heads=4, intermediate_size=384, vocabulary=8192, tokens="titles"
             ),
-            optimiser=Optimiser(learning_rate=3e-3, weight_decay=0.3),
             shuffled=0.6,
             replaced=0.1,
             window_items=40,
