@@ -19,6 +19,16 @@ if runs; then
     exit 1
   fi
 fi
+# The process ends before those it had started: agents that close their files, workers that were at something.
+left() { ps -s "$pid" -o stat=,pid= 2>/dev/null | awk '$1 !~ /^Z/ { print $2 }'; }
+for _ in $(seq 60); do
+  [ -n "$(left)" ] || break
+  sleep 0.5
+done
+if [ -n "$(left)" ]; then
+  echo "ended by force, as they did not end in 30 s: $(left | tr '\n' ' ')" >&2
+  left | xargs -r kill -KILL 2>/dev/null || true
+fi
 # Ray leaves its address behind, and the next run would look for a cluster there.
 note="${RAY_TMPDIR:-/tmp}/ray/ray_current_cluster"
 if cmp -s "$note" "$state/address"; then rm -f "$note"; fi
