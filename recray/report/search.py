@@ -15,7 +15,8 @@ from recray.report import plots
 from recray.report.page import templates
 from recray.report.tables import measure_name, plain
 
-RANKING, POPULARITY = "ndcg@10", "popularity@10"
+RANKING, POPULARITY, START = "ndcg@10", "popularity@10", "start"
+NOTHING_GAINED = "No point is better than the model they all start from."
 BEST, FRONT, OTHER = plots.MODELS["aligned"], plots.SERIES[1], plots.MUTED
 
 Points = Sequence[Mapping[str, Any]]  # `tune/points.json`, the best first
@@ -166,6 +167,11 @@ def _label(
         axes.annotate(text, (place, height), (4, -3), textcoords="offset points", color=plots.MUTED, fontsize=7.5)
 
 
+def gained(point: Mapping[str, Any]) -> bool:
+    """Return whether a judged point is better than the model it starts from; taken to be where nobody looked."""
+    return point.get(START) is None or bool(point[RANKING] > point[START])
+
+
 def _lead(points: Points) -> str:
     """Return what came out, in a sentence or two."""
     best = points[0] if points and points[0][RANKING] is not None else None
@@ -180,5 +186,5 @@ def _lead(points: Points) -> str:
     )
     return (
         f"Best of {len(points)} points: {measure_name(RANKING)} {plain(best[RANKING])} on validation, with {settings}; "
-        f"{beside}."
+        f"{beside}." + ("" if gained(best) else f" {NOTHING_GAINED}")
     )

@@ -17,7 +17,7 @@ import numpy as np
 from recray.config import Align, Tune, point_of_space, search_space
 from recray.errors import RecrayError
 from recray.ranking.importance import Importance, importance
-from recray.report.search import Found, render_search
+from recray.report.search import NOTHING_GAINED, Found, gained, render_search
 from recray.space import Space
 from recray.stages.alignment import WHOLE, write_examples
 from recray.stages.alone import FIT_SECONDS
@@ -78,7 +78,11 @@ def _search(job: Job, space: Space, name: str) -> Search:
         kept=kept,
     )
     logger.info(
-        "tune: %d points over %s, %d to run, %d done before", part.trials, ", ".join(space), search.left, len(kept)
+        "tune: %d points over %s, %d runs left, %d done before",
+        part.trials,
+        ", ".join(space),
+        search.left,
+        search.ended_before,
     )
     return search
 
@@ -144,6 +148,8 @@ def _sum_up(job: Job, search: Search, space: Space) -> None:
         "front": [point["point"] for point in points if point["on_front"]],
     }
     logger.info("tune: best %s %.4f at %s", RANKING, best[RANKING], json.dumps(best["settings"]))
+    if not gained(best):
+        logger.warning("tune: %s", NOTHING_GAINED)
     logger.info("tune: %s", job.workspace.path("tune", "search.html"))
 
 

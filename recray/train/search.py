@@ -17,6 +17,7 @@ from recray.train.proposals import Proposals
 
 RANKING, POPULARITY = "ndcg@10", "popularity@10"  # on validation rows
 DIRECTIONS = {RANKING: "maximize", POPULARITY: "minimize"}
+START = "start"
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
 
 Look = Mapping[str, float]  # one validation: `step` and a value a goal
@@ -207,6 +208,7 @@ def mean_of(trials: Iterable[Trial]) -> dict[str, float] | None:
 def points_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:
     """Return a line a point, the best first: means over seeds, what became of its trials, whether it is on the front.
 
+    `start` is the ranking before the first step, None where that was not looked at.
     `whole` points are those whose trials all ran to their end. They come first, and among them alone is the front
     looked for: what was ended early was judged after fewer steps. Where no point is whole, all that are judged count.
     """
@@ -228,9 +230,12 @@ def _line(point: int, own: Sequence[Trial]) -> dict[str, Any]:
     found = mean_of(own)
     ranking = [look[RANKING] for trial in own if trial.state != FAILED and (look := trial.best) is not None]
     states = [trial.state for trial in own]
+    before = [trial.curve[0][RANKING] for trial in own if trial.state != FAILED and trial.curve]
+    began = all(trial.curve[0]["step"] == 0 for trial in own if trial.curve)
     return {
         "point": point,
         "settings": dict(own[0].settings),
+        START: float(np.mean(before)) if before and began else None,
         RANKING: None if found is None else found[RANKING],
         POPULARITY: None if found is None else found[POPULARITY],
         "between_seeds": float(np.std(ranking, ddof=1)) if len(ranking) > 1 else None,

@@ -1,6 +1,7 @@
 """The page of a search: what it says, and what its pictures are drawn from."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,15 @@ def test_the_page_says_what_came_out(contents: Found) -> None:
     assert page.count("<svg") == 2
     assert "<b>" not in page.split("</style>")[1]
     assert not re.search(r'(src|href)="http', page)
+
+
+@pytest.mark.parametrize(("start", "said"), [(0.4321, True), (0.44, True), (0.4, False), (None, False)])
+def test_the_page_says_so_where_no_point_is_better_than_the_start(
+    contents: Found, start: float | None, said: bool
+) -> None:
+    points = [dict(contents.points[0], start=start), *contents.points[1:]]
+    text = text_of(render_search(replace(contents, points=points)))
+    assert ("No point is better than the model they all start from." in text) == said
 
 
 def test_a_search_in_which_nothing_came_out_is_a_page_all_the_same() -> None:

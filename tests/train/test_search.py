@@ -213,6 +213,7 @@ def test_points_by_what_came_out_and_the_front_among_whole_ones() -> None:
     assert [line["point"] for line in lines if line["on_front"]] == [0, 1]
     assert [line["whole"] for line in lines] == [True, True, True, False, False]
     assert lines[-1][RANKING] is None
+    assert [line["start"] for line in lines] == [pytest.approx(0.2), None, None, None, None]
 
 
 def test_where_no_point_is_whole_what_ended_early_counts() -> None:

@@ -20,7 +20,12 @@ from clusters import ROOT, environment, expect, timed
 TRIALS = 12
 BEFORE = ("ingest", "sequences", "users", "sft", "negatives", "reference")
 SPACE = {"margin_base": {"uniform": [0, 2]}, "num_negatives": {"choice": [1, 3, 5, 7]}}
-SETTINGS = (f"tune.trials={TRIALS}", f"tune.space={json.dumps(SPACE)}", "tune.steps=60", "tune.validate_every=20")
+# From an SFT model that is not done learning, so that there is something to find.
+SETTINGS = (
+    *("sft.passes=2", "negatives.sampler=popularity", "align.objective.reference=false"),
+    *("align.optimiser.learning_rate=1e-4", "resources.threads_per_worker=1"),
+    *(f"tune.trials={TRIALS}", f"tune.space={json.dumps(SPACE)}", "tune.steps=60", "tune.validate_every=20"),
+)
 
 
 def main() -> None:
