@@ -4,6 +4,7 @@ Everything that can be wrong with a configuration is found before Ray starts. On
 top: `recray --help` needs neither torch nor ray.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -87,6 +88,16 @@ def _own_error(error: Exception) -> RecrayError | None:
 
         return own_error(error)
     return error if isinstance(error, RecrayError) else None
+
+
+def _print_every_line() -> None:
+    """Have Ray print each line of every worker as it is, where no terminal shows them.
+
+    It would leave out lines that look alike, which those of two trials do, and say so in green. It reads this variable
+    as it is imported.
+    """
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 
 def _version(wanted: bool) -> None:
@@ -313,6 +324,7 @@ def _run(
 ) -> None:
     from functools import partial
 
+    _print_every_line()
     from recray.stages.flow import MAIN_JOB, run_stages
     from recray.workspace import Workspace
 

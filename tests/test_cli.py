@@ -266,3 +266,19 @@ def test_what_a_worker_refused_is_told_in_its_own_words(recray_line: Terminal, t
     assert isinstance(recray_line.error, StopRequestedError)
     code, _, err = recray_line("sft", "--recipe", "demo", "--workspace", str(tmp_path / "w"))
     assert (code, err) == (143, f"error: {said}\n")
+
+
+def test_where_no_terminal_is_every_line_of_a_worker_is_printed() -> None:
+    """Ray leaves out lines that look alike, and says so in colour, unless it was told otherwise before its import."""
+    asked = (
+        "import recray.cli; recray.cli._print_every_line(); from ray._private import ray_constants as read; "
+        "print(read.RAY_DEDUP_LOGS)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RAY_DEDUP_LOGS"}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", asked], env=each, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for each in (env, {**env, "RAY_DEDUP_LOGS": "1"})
+    ]
+    assert found == [["False"], ["True"]]
