@@ -13,7 +13,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-# All three take Ray by its own commands, and ten to twenty minutes on two cores; a superuser for the hosts' networks.
+# Each takes ten to twenty minutes on two cores, and `hosts` a superuser for its networks.
 hosts: $(STAMP)
 	$(BIN)/python tests/ways/hosts.py
 

@@ -53,6 +53,19 @@ Tokens = Annotated[Count, Unit("tokens")]
 Steps = Annotated[Count, Unit("steps")]
 Passes = Annotated[Count, Unit("passes")]
 Interactions = Annotated[Count, Unit("interactions")]
+Sampler = Literal[
+    "uniform",
+    "popularity",
+    "inverse_popularity",
+    "in_batch",
+    "mixed",
+    "adaptive",
+    "adaptive_mixed",
+    "same_category",
+    "nearest",
+    "self_play",
+    "top_k_stochastic",
+]
 
 
 class Part(BaseModel):
@@ -200,20 +213,8 @@ class Users(Chosen):
     loss: Literal["full_softmax", "sampled_softmax"] = Field(
         "full_softmax", description="What the next item is told from: all items, or sampled negatives."
     )
-    sampled_negatives: Items = Field(256, description="For sampled_softmax; shared by a batch.")
-    sampler: Literal[
-        "uniform",
-        "popularity",
-        "inverse_popularity",
-        "in_batch",
-        "mixed",
-        "adaptive",
-        "adaptive_mixed",
-        "same_category",
-        "nearest",
-        "self_play",
-        "top_k_stochastic",
-    ] = Field("popularity", description="Of sampled negatives; for sampled_softmax.")
+    sampled_negatives: Items = Field(256, description="For sampled_softmax and the samplers that a batch shares.")
+    sampler: Sampler = Field("popularity", description="Of sampled negatives; for sampled_softmax.")
     exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
     uniform_share: Fraction = Field(0.5, description="Of sampled negatives, for mixed and adaptive_mixed.")
     hardest: Items = Field(
@@ -252,12 +253,12 @@ class Users(Chosen):
     @property
     def idle(self) -> tuple[str, ...]:
         """Settings of other losses or samplers."""
-        listing = ("same_category", "nearest", "top_k_stochastic")
+        listing = ("same_category", "nearest", "self_play", "top_k_stochastic")  # a list for each target
         of_samplers = {
             "exponent": ("popularity", "inverse_popularity"),
             "uniform_share": ("mixed", "adaptive_mixed"),
             "hardest": ("adaptive", "adaptive_mixed", "self_play"),
-            "listed": listing,
+            "listed": ("same_category", "nearest", "top_k_stochastic"),
             "nearest_from": ("nearest",),
             "nearest_to": ("nearest",),
             "top_k": ("top_k_stochastic",),
@@ -265,13 +266,14 @@ class Users(Chosen):
         if self.loss == "full_softmax":
             return ("sampler", *of_samplers)
         idle = tuple(name for name, samplers in of_samplers.items() if self.sampler not in samplers)
-        return (*idle, "sampled_negatives") if self.sampler in (*listing, "self_play") else idle
+        return (*idle, "sampled_negatives") if self.sampler in listing else idle
 
     @model_validator(mode="after")
     def _there_are_enough(self) -> Self:
+        sampled = ("hardest", self.sampled_negatives, "users.sampled_negatives")
         among = {
-            "adaptive": ("hardest", self.sampled_negatives, "users.sampled_negatives"),
-            "adaptive_mixed": ("hardest", self.sampled_negatives, "users.sampled_negatives"),
+            "adaptive": sampled,
+            "adaptive_mixed": sampled,
             "nearest": ("listed", self.nearest_to - self.nearest_from + 1, "the ranks from nearest_from to nearest_to"),
             "top_k_stochastic": ("listed", self.top_k, "users.top_k"),
         }.get(self.sampler)
@@ -375,19 +377,7 @@ class Negatives(Chosen):
 
     written: ClassVar[tuple[str, ...]] = ("exponent",)
 
-    sampler: Literal[
-        "uniform",
-        "popularity",
-        "inverse_popularity",
-        "in_batch",
-        "mixed",
-        "adaptive",
-        "adaptive_mixed",
-        "same_category",
-        "nearest",
-        "self_play",
-        "top_k_stochastic",
-    ] = Field("uniform", description="How they are drawn.")
+    sampler: Sampler = Field("uniform", description="How they are drawn.")
     num: Items = Field(15, description="Drawn a row; the first N of them are the same for every larger number.")
     exponent: NonNegative = Field(1.0, description="Of training frequency, for popularity and inverse_popularity.")
     batch_rows: Annotated[int, Field(ge=2), Unit("rows")] = Field(

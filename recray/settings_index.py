@@ -198,7 +198,8 @@ def _of_choices(model: type[Chosen], name: str) -> str:
         under = [value for value in values if any(each[choice] == value for each in live)]
         if len(under) < len(values):
             told.append(f"{choice} {', '.join(map(str, under))}")
-    return f"Holds for {'; '.join(told)}."
+    # Nothing is told of what depends on two choices at once: its meaning says it.
+    return f"Holds for {'; '.join(told)}." if told else ""
 
 
 def _is_choice(field: FieldInfo) -> bool:

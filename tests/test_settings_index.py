@@ -81,3 +81,7 @@ def test_the_page_is_that_of_the_models() -> None:
     told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert told == page, "docs/settings.md is out of date: run `make settings`"
+
+
+def test_no_setting_holds_under_no_choice(index: dict[str, Setting]) -> None:
+    assert [key for key, setting in index.items() if setting.holds.endswith("for .")] == []

@@ -169,7 +169,7 @@ def _label(
 
 def gained(point: Mapping[str, Any]) -> bool:
     """Return whether a judged point is better than the model it starts from; taken to be where nobody looked."""
-    return point.get(START) is None or bool(point[RANKING] > point[START])
+    return point[START] is None or bool(point[RANKING] > point[START])
 
 
 def _lead(points: Points) -> str:

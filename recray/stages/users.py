@@ -196,7 +196,7 @@ def _fit_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
     leads = ray.train.get_context().get_world_rank() == 0
     whole = _log(config["workspace"], config["seed"])
-    genres = _genres(config["workspace"]) if "listed" not in settings.idle else None
+    genres = _genres(config["workspace"]) if settings.sampler == "same_category" else None
     with tempfile.TemporaryDirectory(prefix="recray-sasrec-") as local:
         for fold, name in enumerate(names_of(settings.folds), -1):
             log, own = (whole, settings) if name == WHOLE else (without(fold, whole), in_as_many_steps(settings))

@@ -230,12 +230,11 @@ def _line(point: int, own: Sequence[Trial]) -> dict[str, Any]:
     found = mean_of(own)
     ranking = [look[RANKING] for trial in own if trial.state != FAILED and (look := trial.best) is not None]
     states = [trial.state for trial in own]
-    before = [trial.curve[0][RANKING] for trial in own if trial.state != FAILED and trial.curve]
-    began = all(trial.curve[0]["step"] == 0 for trial in own if trial.curve)
+    before = [look[RANKING] for trial in own for look in trial.curve if look["step"] == 0]
     return {
         "point": point,
         "settings": dict(own[0].settings),
-        START: float(np.mean(before)) if before and began else None,
+        START: float(np.mean(before)) if before else None,
         RANKING: None if found is None else found[RANKING],
         POPULARITY: None if found is None else found[POPULARITY],
         "between_seeds": float(np.std(ranking, ddof=1)) if len(ranking) > 1 else None,

@@ -32,7 +32,7 @@ SCORES_AT_ONCE = 1 << 20  # 4 MiB of float32
 
 @dataclass(frozen=True)
 class Lists:
-    """For each target a list of negatives; `barred` ones are none, and those masked out of `usable` do not count."""
+    """Chooses a list of negatives for each target: [T, P], from states, item vectors, targets and what is barred."""
 
     choose: Callable[[Tensor, Tensor, Tensor, Tensor, np.random.Generator], Tensor]
 
