@@ -298,7 +298,8 @@ class LanguageModel(Part):
     vocabulary: Tokens = Field(2048, description="Tokens of the tokenizer trained on the catalogue.")
     tokens: Literal["words", "titles"] = Field(
         "words",
-        description="words: words and pieces of them; titles: whole titles too, those met most in training.",
+        description="words: words and pieces of them; titles: those met most in training are a token each, too, up to "
+        "three quarters of the vocabulary.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of weights and activations.")
     quantization: Literal["none", "nf4"] = Field("none", description="Of the frozen base while sft trains an adapter.")

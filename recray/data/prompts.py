@@ -8,20 +8,15 @@ checks it).
 """
 
 import difflib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import Int
 from jinja2 import TemplateError
-from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
 from recray.data.tokenizer import special_tokens
 from recray.errors import CatalogueError, ConfigError
 
-MOST_TEXTS = 1_000_000  # more would make training a tokenizer longer, and no better
 _HISTORY = "\u2402history\u2403"  # stands for the lines while a chat template lays its marks around them
 _CANDIDATES = "\u2402candidates\u2403"
 # Chat templates that print today's date print this one, or tomorrow's prompt would be another.
@@ -137,13 +132,6 @@ def training_texts(template: Template, labels: Sequence[str]) -> Iterator[str]:
     yield from (template.opening, template.between or "", template.cue)
     for label in labels:
         yield f"- {' '.join(label.split())}\n"
-
-
-def met_texts(labels: Sequence[str], counts: Int[ndarray, " I"]) -> Iterator[str]:
-    """Yield each label once, and again as often as it was met; where that is more than `MOST_TEXTS`, in proportion."""
-    scale = min(1.0, MOST_TEXTS / max(1, int(counts.sum())))
-    for label, more in zip(labels, np.ceil(counts * scale).astype(int).tolist(), strict=True):
-        yield from itertools.repeat(label, 1 + more)
 
 
 def _chat(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None, str]:

@@ -1,5 +1,6 @@
 """Tokenizers: one trained on the catalogue for models made from scratch; encoding that keeps pieces apart."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -9,16 +10,21 @@ from recray.errors import CatalogueError
 
 PAD, BOS, END = "<pad>", "<bos>", "<end>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, so that no title is unknown, and the special tokens
+WHOLE_SHARE = 0.75  # of the other tokens, at most, are whole texts: what was not met is written in pieces of words
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, *, across_words: bool = False) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, *, whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most `vocabulary` tokens, trained on `texts`.
 
     The same texts give the same tokenizer, in whatever order they come. Any text can be written and read
     back. Few texts support few merges: the vocabulary may be smaller than asked for.
 
     Args:
-        across_words: Merge over spaces and marks too, so that a text that comes often may be one token.
+        texts: From which pieces of words are merged.
+        vocabulary: Tokens, bytes and special ones included.
+        whole: Texts that are a token each where nothing but special tokens stands around them, the most important
+            first: as many as fit in `WHOLE_SHARE` of what bytes and special tokens leave. Inside of other text they
+            are read in pieces.
 
     Raises:
         CatalogueError: if `vocabulary` has no room for the bytes and the special tokens.
@@ -28,17 +34,21 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, across_words: bool
             f"a vocabulary of {vocabulary} tokens is too small: 256 bytes and 3 special tokens need "
             f"{SMALLEST_VOCABULARY}; raise sft.model.vocabulary"
         )
+    own = [text for text in dict.fromkeys(whole) if text not in (PAD, BOS, END)]
+    own = own[: int(WHOLE_SHARE * (vocabulary - SMALLEST_VOCABULARY))]
     bpe = Tokenizer(models.BPE())
     # No space is put before a text: encode(a) + encode(b) could not be encode(a + b).
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary - len(own),
         special_tokens=[PAD, BOS, END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    if own:
+        bpe = _with_whole(bpe, own)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,
@@ -46,6 +56,26 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, across_words: bool
         eos_token=END,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _with_whole(bpe: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """Return the tokenizer with a token for each of these texts, none of which is a special token.
+
+    A text that is a token is not cut, so special tokens leave the model's own vocabulary for the end of all: a text
+    that spells one would be it.
+    """
+    uncut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    special = [token.content for token in bpe.get_added_tokens_decoder().values()]
+    described = json.loads(bpe.to_str())
+    model = described["model"]
+    pieces = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in special]
+    written = ["".join(part for part, _ in uncut.pre_tokenize_str(text)) for text in texts]
+    model["vocab"] = {token: place for place, token in enumerate(dict.fromkeys([*pieces, *written]))}
+    model["ignore_merges"] = True
+    described |= {"pre_tokenizer": described["pre_tokenizer"] | {"use_regex": False}, "added_tokens": []}
+    found = Tokenizer.from_str(json.dumps(described))
+    found.add_special_tokens(special)
+    return found
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_text: bool) -> list[list[int]]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from recray.config import Sft
 from recray.data.catalogue import Catalogue, check_boundaries
-from recray.data.prompts import find_template, met_texts, training_texts
+from recray.data.prompts import find_template, training_texts
 from recray.data.tokenizer import train_tokenizer
 from recray.lm.attention import known_positions
 from recray.lm.load import Model, Tokenizer, load_model, make_model, save_model
@@ -97,7 +97,7 @@ def _write_start(job: Job, name: str) -> Catalogue:
     template = find_template(part.prompt.template)
     dtype = dtype_of(part.model.dtype)
     if part.model.path is None:
-        tokenizer = _trained_tokenizer(job, labels)
+        tokenizer = trained_tokenizer(job.workspace, part, labels)
         shape = part.model.model_dump(include={"hidden_size", "layers", "heads", "intermediate_size", "max_positions"})
         model = make_model(tokenizer, **shape, seed=job.seed, dtype=dtype)
     else:
@@ -131,14 +131,15 @@ def _write_start(job: Job, name: str) -> Catalogue:
     return catalogue
 
 
-def _trained_tokenizer(job: Job, labels: list[str]) -> Tokenizer:
-    """Return a tokenizer trained on the catalogue or, if titles may be tokens, on what was met in training."""
-    part: Sft = job.part
+def trained_tokenizer(workspace: Workspace, part: Sft, labels: list[str]) -> Tokenizer:
+    """Return a tokenizer trained on the catalogue; if titles may be tokens, with those met in training, most first."""
+    texts = training_texts(find_template(part.prompt.template), labels)
     if part.model.tokens == "words":
-        return train_tokenizer(training_texts(find_template(part.prompt.template), labels), part.model.vocabulary)
-    histories = job.workspace.table("sequences", "histories", columns=["items"])
+        return train_tokenizer(texts, part.model.vocabulary)
+    histories = workspace.table("sequences", "histories", columns=["items"])
     counts = item_popularity(pc.list_flatten(histories["items"]).to_numpy(), len(labels))
-    return train_tokenizer(met_texts(labels, counts), part.model.vocabulary, across_words=True)
+    met_most = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    return train_tokenizer(texts, part.model.vocabulary, whole=[labels[item] for item in met_most])
 
 
 def _within_positions(catalogue: Catalogue, model: Model, tokenizer: Tokenizer) -> Catalogue:

@@ -1,14 +1,11 @@
 """Prompts as text: what each template writes, and what a chat template must do to it."""
 
-from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from recray.data import prompts
-from recray.data.prompts import TEMPLATES, Frame, Template, find_template, frame, met_texts, training_texts
+from recray.data.prompts import TEMPLATES, Frame, Template, find_template, frame, training_texts
 from recray.data.tokenizer import train_tokenizer
 from recray.errors import CatalogueError, ConfigError
 
@@ -131,12 +128,3 @@ def test_the_configuration_knows_every_template() -> None:
     from recray.config import Prompt
 
     assert set(get_args(Prompt.model_fields["template"].annotation)) == set(TEMPLATES)
-
-
-def test_labels_come_once_and_as_often_as_met_in_proportion_where_that_is_too_much(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    counts = np.array([0, 3, 9])
-    assert Counter(met_texts(["a", "b", "c"], counts)) == {"a": 1, "b": 4, "c": 10}
-    monkeypatch.setattr(prompts, "MOST_TEXTS", 4)
-    assert Counter(met_texts(["a", "b", "c"], counts)) == {"a": 1, "b": 2, "c": 4}

@@ -1,11 +1,12 @@
 """The trained tokenizer writes anything and reads it back; encoding behind an anchor keeps pieces apart."""
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recray.data.tokenizer import (
     BOS,
@@ -48,15 +49,59 @@ def test_frequent_words_become_one_token(tokenizer: PreTrainedTokenizerFast) -> 
     assert tokenizer.convert_ids_to_tokens(encode(tokenizer, ["x Game"], special_text=True)[0]) == ["x", "ĠGame"]
 
 
-def test_across_words_a_text_met_often_is_one_token_and_a_rare_one_is_not() -> None:
-    often = train_tokenizer([*TEXTS, *["The Blue Game 1991"] * 50], 285, across_words=True)
-    often_met, rare = encode(often, ["The Blue Game 1991", "The Red Game 1994"], special_text=False)
-    assert len(often_met) == 1
-    assert len(rare) > 1
-    assert often.decode(rare) == "The Red Game 1994"
-    # A title's tokens do not change with the titles around it: the end token parts them.
-    (stream,) = encode(often, [f"{BOS}The Blue Game 1991{END}The Red Game 1994"], special_text=True)
-    assert stream == [1, *often_met, 2, *rare]
+WHOLE = ["The Blue Game 1991", "<end>", "Am\u00e9lie  (2001)", "The Blue Game 1991", "Game", "Late"]
+
+
+@pytest.fixture(scope="module")
+def titled() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, SMALLEST_VOCABULARY + 40, whole=WHOLE)
+
+
+def test_a_whole_text_is_one_token_and_others_are_pieces_of_words(titled: PreTrainedTokenizerFast) -> None:
+    first, third, game, other = encode(
+        titled, ["The Blue Game 1991", "Am\u00e9lie  (2001)", "Game", "The Red Game 1994"], special_text=False
+    )
+    assert [len(first), len(third), len(game)] == [1, 1, 1]
+    assert len(other) > 1
+    assert titled.decode([*first, *third, *other]) == "The Blue Game 1991Am\u00e9lie  (2001)The Red Game 1994"
+    # A title's tokens do not change with the titles around it: special tokens part them.
+    (stream,) = encode(titled, [f"{BOS}The Blue Game 1991{END}The Red Game 1994"], special_text=True)
+    assert stream == [titled.bos_token_id, *first, titled.eos_token_id, *other]
+    # Inside of another text it is none.
+    (inside,) = encode(titled, ["The Blue Game 19910"], special_text=False)
+    assert first[0] not in inside
+    assert titled.decode(inside) == "The Blue Game 19910"
+
+
+def test_most_of_the_vocabulary_may_be_whole_texts_the_first_of_them() -> None:
+    names = [f"{letter}{letter} x" for letter in "abcdefghij"]
+    few = train_tokenizer(TEXTS, SMALLEST_VOCABULARY + 8, whole=names)
+    lengths = [len(tokens) for tokens in encode(few, names, special_text=False)]
+    assert lengths[:6] == [1] * 6
+    assert min(lengths[6:]) > 1
+    assert len(few) == SMALLEST_VOCABULARY + 8
+    # What whole texts do not take is there for pieces.
+    assert len(train_tokenizer(TEXTS, SMALLEST_VOCABULARY + 20, whole=names[:2])) == SMALLEST_VOCABULARY + 20
+
+
+def test_a_whole_text_that_spells_a_special_token_is_text(titled: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    titled.save_pretrained(tmp_path)
+    for one in (titled, AutoTokenizer.from_pretrained(tmp_path)):
+        special = {one.pad_token_id, one.bos_token_id, one.eos_token_id}
+        assert len(special) == 3
+        assert max(special) == len(one) - 1
+        (tokens,) = encode(one, ["<end>"], special_text=False)
+        assert not special & set(tokens)
+        assert one.decode(tokens) == "<end>"
+        assert encode(one, ["<end>"], special_text=True) == [[one.eos_token_id]]
+        assert len(encode(one, ["The Blue Game 1991"], special_text=False)[0]) == 1
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_is_read_back_by_a_tokenizer_with_whole_texts(titled: PreTrainedTokenizerFast, text: str) -> None:
+    (tokens,) = encode(titled, [text], special_text=False)
+    assert not {titled.pad_token_id, titled.bos_token_id, titled.eos_token_id} & set(tokens)
+    assert titled.decode(tokens) == text
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

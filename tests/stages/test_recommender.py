@@ -1,5 +1,6 @@
 """What a model is taught, worked out before it is."""
 
+from collections import Counter
 from pathlib import Path
 from shutil import copytree
 
@@ -8,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recray.config import Sft
+from recray.config import LanguageModel, Sft
 from recray.data.catalogue import Catalogue
 from recray.data.examples import list_arrays
 from recray.data.prompts import find_template, training_texts
-from recray.data.tokenizer import train_tokenizer
+from recray.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from recray.errors import DataError
 from recray.stages.recommender import labels_of, share_untaught, validation_rows
+from recray.stages.sft import trained_tokenizer
 from recray.workspace import Workspace
 
 
@@ -34,6 +36,22 @@ def test_items_whose_window_is_longer_than_a_prompt_are_counted(prepared: Worksp
     share = share_untaught(prepared, Sft(window_items=window), catalogue)
     assert share == pytest.approx(left_out / total)
     assert (share > 0) == (room < 128 and window * 3 > room)
+
+
+def test_titles_met_most_in_training_are_tokens(prepared: Workspace) -> None:
+    labels, template = labels_of(prepared), find_template("titles")
+    met = Counter(np.concatenate(list_arrays(prepared.table("sequences", "histories")["items"])).tolist())
+    model = LanguageModel(tokens="titles", vocabulary=SMALLEST_VOCABULARY + 20)
+    tokenizer = trained_tokenizer(prepared, Sft(model=model), labels)
+    lengths = Catalogue.build(labels, tokenizer, template, 64).item_lengths
+    whole = {item for item, length in enumerate(lengths.tolist()) if length == 2}  # the end is a token, too
+    assert len(whole) == 15
+    assert min(met[item] for item in whole) >= max(count for item, count in met.items() if item not in whole)
+    everything = model.model_copy(update={"vocabulary": 400})
+    lengths = Catalogue.build(
+        labels, trained_tokenizer(prepared, Sft(model=everything), labels), template, 64
+    ).item_lengths
+    assert {item for item, length in enumerate(lengths.tolist()) if length == 2} == set(met)
 
 
 @pytest.mark.parametrize(
