@@ -39,7 +39,7 @@ def test_items_whose_window_is_longer_than_a_prompt_are_counted(prepared: Worksp
 
 
 def test_titles_met_most_in_training_are_tokens(prepared: Workspace) -> None:
-    labels, template = labels_of(prepared), find_template("titles")
+    labels, template = [*labels_of(prepared), "The One Nobody Met"], find_template("titles")
     met = Counter(np.concatenate(list_arrays(prepared.table("sequences", "histories")["items"])).tolist())
     model = LanguageModel(tokens="titles", vocabulary=SMALLEST_VOCABULARY + 20)
     tokenizer = trained_tokenizer(prepared, Sft(model=model), labels)
