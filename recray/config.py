@@ -861,7 +861,7 @@ class Pipeline(Part):
         if self.sft.model.tokens == "titles" and (self.sft.prompt.template != "titles" or self.sft.model.path):
             raise ValueError(
                 "sft.model.tokens is titles, which needs a model made here (sft.model.path=null) and "
-                "sft.prompt.template=titles: where more text stands around a title, tokens would run over its end; "
+                "sft.prompt.template=titles: where more text stands around a title, it is read in pieces; "
                 "set sft.model.tokens=words"
             )
         return self
